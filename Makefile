@@ -1,0 +1,45 @@
+# One command for each thing people do here. Every target sets the project up first if that has not been done.
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab docs export readme clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready  ## make .venv with everything in it, at the versions of constraints.txt
+
+# torch on its own and first: it is by far the largest (gigabytes of CUDA, unless pip is told of CPU builds), and the rest must fit it.
+.venv/.ready: constraints.txt settings.ini setup.py
+	@echo 'Setting up .venv (some minutes the first time)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) pip setuptools wheel
+	@$(PIP) torch
+	@$(PIP) --no-build-isolation -e '.[dev,test,docs,lab]'
+	@touch $@
+
+demo: setup  ## the whole conversion on the bundled teacher: a table and report.html
+	@$(BIN)/flashmorph demo
+
+test: setup  ## every check: export in sync, lint, types, notebooks, tests
+	@tests/run.sh
+
+lab: setup  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir=nbs
+
+docs: setup  ## render the notebooks as web pages in docs/_build
+	@$(BIN)/jupyter nbconvert --to html --output-dir docs/_build nbs/*.ipynb
+
+export: setup  ## write flashmorph/ and README.md from the notebooks, and clean the notebooks
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+	@$(BIN)/python docs/readme.py
+
+readme: setup  ## write README.md from nbs/index.ipynb
+	@$(BIN)/python docs/readme.py
+
+clean:  ## remove what the other targets built (not .venv, not your runs)
+	@rm -rf build dist *.egg-info docs/_build docs/_work .pytest_cache .mypy_cache .ruff_cache
+	@find nbs flashmorph tests docs \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
