@@ -55,7 +55,10 @@ every_chapter = pytest.mark.parametrize("nb", CHAPTERS, ids=lambda nb: nb.name)
 def modules_imported(node: ast.AST) -> list[str]:
     "Modules of ours that an import statement names: `from flashmorph.ops.chunked import lightning` -> `ops.chunked`."
     if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom): names = ["flashmorph." * (node.level > 0) + "." * node.level + (node.module or "")]
+    elif isinstance(node, ast.ImportFrom):
+        source = "flashmorph." * (node.level > 0) + "." * node.level + (node.module or "")
+        inside = source.startswith("flashmorph.") and source[11:] not in NUMBER  # `from flashmorph.ops import chunked`
+        names = [f"{source}.{alias.name}" if inside else source for alias in node.names]
     else: return []
     return [name.removeprefix("flashmorph").removeprefix(".") for name in names if f"{name}.".startswith("flashmorph.")]
 
