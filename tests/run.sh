@@ -3,7 +3,7 @@
 # a test of pytest counts as one, and so does each other step.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 passed=0 failed=0
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"; printf "\n%d passed, %d failed\n" "$passed" "$failed"' EXIT
