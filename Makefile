@@ -4,7 +4,7 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab docs export clean
+.PHONY: help setup demo test lab docs export readme clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ docs: setup  ## render the notebooks as web pages in docs/_build
 export: setup  ## write flashmorph/ and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
+	@$(MAKE) -s readme
+
+readme: setup  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python docs/readme.py
 
 clean:  ## remove what the other targets built (not .venv, not your runs)
