@@ -5,14 +5,14 @@
 # %% ../nbs/21_retrieval.ipynb #92ad3844
 from __future__ import annotations
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 import torch
 from .text import TokenBlocks, documents
 
 # %% auto #0
-__all__ = ['NATO', 'ordinal', 'BookTemplate', 'encode_piece', 'Passkeys']
+__all__ = ['NATO', 'ordinal', 'BookTemplate', 'encode_piece', 'BookPieces', 'Passkeys', 'passkeys', 'Mixture']
 
 # %% ../nbs/21_retrieval.ipynb #a77bc7ed
 NATO = ("alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo sierra tango "
@@ -47,75 +47,104 @@ def encode_piece(tokenizer, piece: str, anchor: str = ".") -> list[int]:
     return both[len(head):] if both[:len(head)] == head else ids(piece)
 
 # %% ../nbs/21_retrieval.ipynb #4a065cb0
+class BookPieces:
+    "The sentences of a template as token ids of one tokenizer."
+    def __init__(self, tokenizer, template: BookTemplate):
+        self.tokenizer, self.template = tokenizer, template
+        self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.ends = {encode_piece(tokenizer, " word" + e)[-1] for e in ".!?"}        # tokens that end a sentence
+
+    def __call__(self, name: str, **fill: str) -> list[int]: return encode_piece(self.tokenizer, getattr(self.template, name).format(**fill))
+
+    def shortest(self, keys: int, words_per_key: int, words: list[str]) -> int:
+        "Tokens of a book without any background, if every passkey is made of the longest word."
+        longest = max(words, key=lambda w: len(encode_piece(self.tokenizer, " " + w)))
+        key, total = " ".join([longest] * words_per_key), len(self.bos) + len(self("opening")) + len(self("closing"))
+        for n in range(1, keys + 1):
+            total += len(self("needle", ordinal=ordinal(n), words=key)) + len(self("question", ordinal=ordinal(n)))
+            total += len(self("answer", words=key)) + len(self("stop"))
+        return total
+
+    def questions(self, keys: list[str], order: Iterable[int]) -> tuple[list[int], list[int]]:
+        "The end of the book: ids, and the number (1..) of the asked passkey on its answer tokens, 0 elsewhere."
+        ids = self("closing")
+        answers = [0] * len(ids)
+        for n in order:
+            q, a, s = self("question", ordinal=ordinal(n + 1)), self("answer", words=keys[n]), self("stop")
+            ids, answers = ids + q + a + s, answers + [0] * len(q) + [n + 1] * len(a) + [0] * len(s)
+        return ids, answers
+
+# %% ../nbs/21_retrieval.ipynb #67086b6b
 class Passkeys:
     """An endless stream of passkey books, `{"input_ids": (length,), "answers": (length,)}`.
 
-    `answers` is 0 off the answers and the number of the asked passkey (1..keys) on its answer tokens; `answers > 0` is the set A of the paper's loss.
+    `answers` is the number of the asked passkey (1..keys) on its answer tokens and 0 elsewhere; `answers > 0` is the set A of the paper's loss.
     Each book hides `keys` passkeys of `words_per_key` random words at random ones of `depths` depths and asks for all of them, one after another
     (in their order, or shuffled if `shuffle`). Source: arXiv 2606.30562, appendix on synthetic data.
     Raises `ValueError` if `length` cannot hold the keys, naming the shortest possible length."""
     def __init__(self, tokenizer, background, length: int, *, keys: int = 10, words_per_key: int = 32, depths: int = 1000,
-                 words: list[str] | None = None, template: BookTemplate | None = None, shuffle: bool = False, seed: int = 0):
+                 words: list[str] | None = None, template: BookTemplate | None = None, shuffle: bool = False, seed: int = 0, column: str = "text"):
         for name, value in (("keys", keys), ("words_per_key", words_per_key), ("depths", depths)):
             if value < 1: raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.tokenizer, self.length, self.keys, self.words_per_key, self.depths = tokenizer, length, keys, words_per_key, depths
-        self.words, self.template, self.shuffle, self.seed = list(words or NATO), template or BookTemplate(), shuffle, seed
-        self.index = 0
-        self.shortest = self._fixed_tokens()
+        self.length, self.keys, self.words_per_key, self.depths, self.shuffle, self.seed = length, keys, words_per_key, depths, shuffle, seed
+        self.words, self.pieces, self.index = list(words or NATO), BookPieces(tokenizer, template or BookTemplate()), 0
+        self.shortest = self.pieces.shortest(keys, words_per_key, self.words)
         if length < self.shortest:
             raise ValueError(f"length={length} is too short for {keys} passkeys of {words_per_key} words with this tokenizer and template: "
                              f"the shortest possible length is {self.shortest}")
-        self.blocks = TokenBlocks(tokenizer, background, max(length, 2))
-        self._ends = self._sentence_ends()
-
-    def _piece(self, name: str, **fill: str) -> list[int]:
-        return encode_piece(self.tokenizer, getattr(self.template, name).format(**fill))
-
-    def _fixed_tokens(self) -> int:
-        "Tokens a book needs without any background, for the longest words of the list."
-        longest = max(self.words, key=lambda w: len(encode_piece(self.tokenizer, " " + w)))
-        words, t = " ".join([longest] * self.words_per_key), len(self._piece("opening")) + len(self._piece("closing"))
-        for n in range(1, self.keys + 1):
-            t += len(self._piece("needle", ordinal=ordinal(n), words=words)) + len(self._piece("question", ordinal=ordinal(n)))
-            t += len(self._piece("answer", words=words)) + len(self._piece("stop"))
-        return t + (self.tokenizer.bos_token_id is not None)
-
-    def _sentence_ends(self) -> set[int]:
-        "Ids of tokens that end a sentence."
-        return {encode_piece(self.tokenizer, " word" + e)[-1] for e in ".!?"}
-
-    def _questions(self, rng: random.Random, keys: list[str]) -> tuple[list[int], list[int]]:
-        order = rng.sample(range(self.keys), self.keys) if self.shuffle else range(self.keys)
-        ids, answers = self._piece("closing"), []
-        answers += [0] * len(ids)
-        for n in order:
-            q, a, s = self._piece("question", ordinal=ordinal(n + 1)), self._piece("answer", words=keys[n]), self._piece("stop")
-            ids += q + a + s
-            answers += [0] * len(q) + [n + 1] * len(a) + [0] * len(s)
-        return ids, answers
+        self.blocks = TokenBlocks(tokenizer, background, max(length, 2), column)
 
     def book(self, index: int, background: list[int]) -> dict[str, torch.Tensor]:
         "Book number `index` on the given background tokens (at least `length` of them; only what fits is used)."
         rng = random.Random(f"book {self.seed} {index}")
         keys = [" ".join(rng.choices(self.words, k=self.words_per_key)) for _ in range(self.keys)]
-        needles = [self._piece("needle", ordinal=ordinal(n + 1), words=key) for n, key in enumerate(keys)]
-        tail, tail_answers = self._questions(rng, keys)
-        head = ([self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []) + self._piece("opening")
-        story = background[:self.length - len(head) - len(tail) - sum(map(len, needles))]
-        ends = [0] + [i + 1 for i, t in enumerate(story) if t in self._ends]
+        needles = [self.pieces("needle", ordinal=ordinal(n + 1), words=key) for n, key in enumerate(keys)]
+        tail, answers = self.pieces.questions(keys, rng.sample(range(self.keys), self.keys) if self.shuffle else range(self.keys))
+        ids = self.pieces.bos + self.pieces("opening")
+        story = background[:self.length - len(ids) - len(tail) - sum(map(len, needles))]
+        ends = [0] + [i + 1 for i, t in enumerate(story) if t in self.pieces.ends]
         at = [min(ends, key=lambda e: abs(e - d / self.depths * len(story))) for d in rng.choices(range(self.depths + 1), k=self.keys)]
-        order = sorted(range(self.keys), key=lambda n: (at[n], rng.random()))
-        body, start = [], 0
-        for n in order: body += story[start:at[n]] + needles[n]; start = at[n]
-        ids = head + body + story[start:] + tail
-        return {"input_ids": torch.tensor(ids), "answers": torch.tensor([0] * (len(ids) - len(tail)) + tail_answers)}
+        start = 0
+        for n in sorted(range(self.keys), key=lambda n: (at[n], rng.random())): ids += story[start:at[n]] + needles[n]; start = at[n]
+        ids += story[start:] + tail
+        return {"input_ids": torch.tensor(ids), "answers": torch.tensor([0] * (len(ids) - len(tail)) + answers)}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for block in self.blocks:
-            i = self.index; self.index += 1
-            yield self.book(i, block["input_ids"].tolist())
+            index = self.index; self.index += 1
+            yield self.book(index, block["input_ids"].tolist())
 
     def state_dict(self) -> dict[str, Any]: return {"index": self.index, "blocks": self.blocks.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.index = state["index"]; self.blocks.load_state_dict(state["blocks"])
+
+# %% ../nbs/21_retrieval.ipynb #b7790979
+def passkeys(tokenizer, source: str | list[str] = "stories", *, length: int = 1024, split: str = "train",
+             subset: str | None = None, **kwargs: Any) -> Passkeys:
+    "Passkey books of `length` tokens on a background from `source` (see `documents`); further keywords are those of `Passkeys`."
+    return Passkeys(tokenizer, documents(source, split=split, subset=subset, seed=kwargs.get("seed", 0)), length, **kwargs)
+
+# %% ../nbs/21_retrieval.ipynb #1897f8db
+class Mixture:
+    """Rows `{"input_ids": (length,)}` from several streams of the same length, stream `i` with probability `weights[i]`.
+
+    Deterministic for a `seed`, and resumable like its streams. Raises `ValueError` if streams and weights do not match."""
+    def __init__(self, streams: list, weights: list[float], seed: int = 0):
+        if len(streams) != len(weights) or not streams or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"expected as many non-negative weights as streams, not all zero; got {len(streams)} streams and weights {weights}")
+        self.streams, self.weights, self.seed, self.index = streams, list(weights), seed, 0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        rows = [iter(s) for s in self.streams]
+        while True:
+            draw = random.Random(f"mixture {self.seed} {self.index}").choices(range(len(rows)), self.weights)[0]
+            self.index += 1
+            row = next(rows[draw])
+            yield {"input_ids": row["input_ids"]}
+
+    def state_dict(self) -> dict[str, Any]: return {"index": self.index, "streams": [s.state_dict() for s in self.streams]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.index = state["index"]
+        for s, x in zip(self.streams, state["streams"], strict=True): s.load_state_dict(x)
