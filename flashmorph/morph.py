@@ -106,12 +106,14 @@ def _alignment_losses(model: "GatedModel", input_ids: Tensor, attention_mask: Te
     return torch.stack(losses)
 
 # %% ../nbs/12_morph.ipynb #b9257e42
+def _same(x: Tensor) -> Tensor: return x
+
 @contextlib.contextmanager
 def _record(layers: Sequence[MorphLayer], where: Tensor) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
     def keep(layer, args, kwargs, output):
-        if layer.layer_idx == 0: outputs.clear()
-        if len(outputs) == layer.layer_idx: outputs.append(output[0][where.to(output[0].device)])      # not when checkpointing runs it again
+        if layer.layer_idx != len(outputs): return                             # a second pass, or a checkpointed layer run again
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same): outputs.append(output[0][where.to(output[0].device)])
     with _hooks(layers, keep): yield outputs
 
 # %% ../nbs/12_morph.ipynb #d04c4c48
@@ -194,7 +196,7 @@ class MorphableModel(GatedModel):
     def record(self, where: Tensor) -> contextlib.AbstractContextManager[list[Tensor]]:
         """Inside, a forward pass fills a list: the mixed output of each layer's attention where `where` `(B, T)` is true, L tensors `(N, D)`.
 
-        With gradients enabled the tensors are part of the graph. A second pass inside starts the list again."""
+        With gradients enabled the tensors are part of the graph. Only the first pass inside is recorded."""
         return _record(self.layers, where)
 
     def alignment_losses(self, input_ids: Tensor, attention_mask: Tensor | None = None, relative: bool = False) -> Tensor:

@@ -1,0 +1,167 @@
+"Which decoders can be converted, and what a linear layer inside each of them does."
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from families import FAMILIES, close, shake, teacher, tokens
+from flashmorph import hosts
+from flashmorph.mixers import Lightning, MixerDims, lightning_log_decay
+from flashmorph.morph import morph
+from flashmorph.ops import reference
+
+family = pytest.mark.parametrize("name", list(FAMILIES))
+UNSUPPORTED = {
+    "bloom": dict(n_layer=2, n_head=4, hidden_size=32),
+    "falcon": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32),
+    "gptj": dict(n_layer=2, n_head=4, n_embd=32, rotary_dim=4),
+    "gpt_neo": dict(num_layers=2, num_heads=4, hidden_size=32, attention_types=[[["global", "local"], 1]]),
+    "stablelm": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, hidden_size=32, intermediate_size=48),
+    "nemotron": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, hidden_size=32, intermediate_size=48),
+}
+
+
+def linear(name, **kw):
+    "A host with every layer linear, made by hand."
+    model = teacher(name, **kw)
+    for path, attn in hosts.attention_modules(model):
+        model.set_submodule(path, shake(hosts.linear_attention(attn, "lightning", model.config), 0.1))
+    hosts.hand_mask_down(model)
+    return model
+
+
+def test_the_list_is_what_is_tested(): assert sorted(FAMILIES) == list(hosts.supported_families())
+
+
+@family
+def test_supported(name):
+    model = teacher(name).train()
+    ids, mask = tokens(pad=4)
+    before, configs = copy.deepcopy(model.state_dict()), [m.config for _, m in hosts.attention_modules(model)]
+    random = torch.get_rng_state()
+    hosts.check_host(model)
+    assert torch.equal(random, torch.get_rng_state()) and all(m.training for m in model.modules())
+    assert all(a is m.config for a, (_, m) in zip(configs, hosts.attention_modules(model)))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert [m.layer_idx for _, m in hosts.attention_modules(model)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", list(UNSUPPORTED))
+def test_unsupported(name):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=97, **UNSUPPORTED[name]))
+    with pytest.raises(ValueError, match=f"{name}.*cannot be converted.*Supported families: gemma2, .*qwen3_moe"): morph(model)
+
+
+def test_a_model_that_hides_its_sizes_is_refused():
+    model = teacher("llama")
+    model.model.layers[2].self_attn.head_dim = 16
+    with pytest.raises(ValueError, match="cannot be converted"): hosts.check_host(model)
+    assert model.model.layers[0].self_attn.config._attn_implementation != "flashmorph_probe"
+
+
+def test_dims():
+    def dims(name, **kw): return hosts.mixer_dims(hosts.attention_modules(teacher(name, **kw))[2][1], teacher(name, **kw).config)
+    assert dims("qwen3-wide-heads") == MixerDims(32, 4, 2, 16, 16, 2, 4)
+    assert dims("llama-one-kv-head") == MixerDims(32, 4, 1, 8, 8, 2, 4)
+    assert dims("gpt2") == dims("gpt_neox") == MixerDims(32, 4, 4, 8, 8, 2, 4)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "qwen2", "qwen3-bias", "llama-one-kv-head", "gpt2", "phi3", "olmo2"])
+def test_only_the_softmax_is_replaced(name):
+    """An independent way to the same layer: the *teacher's* module, with softmax replaced by a function of our own that uses the plain recurrence
+    head by head. Everything else (biases, norms, rotary, output projection) is the teacher's code."""
+    model, (ids, _) = teacher(name), tokens()
+    seen = {}
+    def note(module, args, kwargs, output): seen[module.layer_idx] = (args, kwargs)
+    for _, attn in hosts.attention_modules(model): attn.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad(): model(ids, use_cache=False)
+
+    def by_hand(module, query, key, value, mask, scaling=None, **kwargs):
+        n, g = query.shape[1], lightning_log_decay(query.shape[1])
+        o = [reference.lightning(*(x[:, h // (n // x.shape[1]), :, None] for x in (query, key, value)), g[h:h + 1], scale=scaling)[0] for h in range(n)]
+        o = torch.cat(o, 2).flatten(2)
+        return (o / (o.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).view(*o.shape[:2], n, -1), None       # gate neutral, norm weight 1
+
+    hosts.AttentionInterface.register("by_hand", by_hand)
+    for _, attn in hosts.attention_modules(model):
+        args, kwargs = seen[attn.layer_idx]
+        twin = hosts.linear_attention(copy.deepcopy(attn), "lightning", model.config)
+        attn.config = copy.copy(attn.config)
+        attn.config._attn_implementation = "by_hand"
+        with torch.no_grad(): close(twin(*args, **kwargs, linear_mask=None)[0], attn(*args, **kwargs)[0], 1e-4)
+
+
+@family
+def test_padding_and_chunked_prefill(name):
+    model = linear(name)
+    ids, mask = tokens(B=2, T=21, pad=8)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        one = model(ids, attention_mask=mask, position_ids=positions).logits
+        close(one[:1, 8:], model(ids[:1, 8:]).logits, 2e-4)
+        cache, parts = DynamicCache(), []
+        for a, b in ((0, 5), (5, 14), (14, 15), (15, 21)):                                  # the padding crosses the first cut
+            parts.append(model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True).logits)
+    close(one[mask.bool()], torch.cat(parts, 1)[mask.bool()], 2e-4)
+    assert [type(slot) for slot in cache.layers] == [hosts.StateLayer] * 4 and cache.get_seq_length() == 21
+
+
+def test_mask_reaches_direct_calls_of_the_decoder():
+    model, (ids, mask) = linear("qwen3"), tokens(pad=5)
+    with torch.no_grad():
+        through = model(ids, attention_mask=mask).logits
+        close(model.lm_head(model.model(ids, mask).last_hidden_state), through)             # positional mask
+        close(model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask.bool()).logits, through)
+        assert (model(ids).logits - through).abs().max() > 1e-3
+
+
+def test_hook_is_set_once():
+    model = linear("llama")
+    for _ in range(3): hosts.hand_mask_down(model)
+    assert len(model.base_model._forward_pre_hooks) == 1
+    assert len(copy.deepcopy(model).base_model._forward_pre_hooks) == 1
+    model(tokens()[0])
+
+
+def test_refused_inputs():
+    model, ids = linear("qwen3"), tokens(B=1)[0]
+    packed = torch.cat([torch.arange(10), torch.arange(13)])[None]
+    with pytest.raises(ValueError, match="packed"): model(ids, position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match="packed"): model(ids, cu_seq_lens_q=torch.tensor([0, 10, 23]), use_cache=False)
+    with pytest.raises(ValueError, match=r"\(B, T\) tensor"): model(ids, attention_mask=torch.ones(1, 1, 23, 23))
+    with pytest.raises(TypeError, match="linear_mask"): model.model.layers[0].self_attn(torch.randn(1, 3, 32), position_embeddings=None)
+    cache = teacher("qwen3")(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds keys and values"): model(ids[:, :1], past_key_values=cache)
+
+
+def test_backward_through_a_cache():
+    "Two cached passes, one backward: the states are part of the graph."
+    model, (ids, _) = linear("llama"), tokens()
+    whole = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), model.model.layers[0].self_attn.attn.k_proj.weight)[0]
+    cache = DynamicCache()
+    parts = torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 10), (10, 23))], 1)
+    close(torch.autograd.grad(parts.square().mean(), model.model.layers[0].self_attn.attn.k_proj.weight)[0], whole, 1e-4)
+
+
+def test_slot():
+    slot = hosts.StateLayer()
+    assert slot.state is None and slot.get_seq_length() == 0 and slot.get_mask_sizes(3) == (3, 0)
+    slot.batch_repeat_interleave(2)
+    state = torch.randn(2, 4, 8, 8)
+    slot.store(state, 5)
+    slot.batch_select_indices(torch.tensor([1]))
+    assert torch.equal(slot.state, state[1:]) and slot.get_mask_sizes(3) == (8, 0) and not slot.is_croppable
+    slot.crop(0)
+    with pytest.raises(NotImplementedError, match="rolled back"): slot.crop(-2)
+    with pytest.raises(RuntimeError, match="no keys and values"): slot.update(state, state)
+    slot.reset()
+    assert slot.get_seq_length() == 0 and not slot.state.any()
+
+
+def test_half_precision_branch_follows_the_teacher():
+    model = teacher("qwen3").bfloat16()
+    layer = hosts.linear_attention(hosts.attention_modules(model)[0][1], "lightning", model.config)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16} and isinstance(layer.mixer, Lightning)
+
+
