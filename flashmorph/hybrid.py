@@ -140,6 +140,7 @@ def commit(
     for name, layer in [(name, m) for name, m in host.named_modules() if isinstance(m, MorphLayer)]:
         host.set_submodule(name, layer.full if layer.layer_idx in layers else layer.linear)
     host = copy.deepcopy(host).requires_grad_(True)
+    host.config.dtype = host.dtype
     config = HybridConfig(teacher=copy.deepcopy(host.config), mixer=model.mixer, full_layers=layers, dtype=host.dtype)
     hybrid = HybridForCausalLM(config, host)
     if host.can_generate(): hybrid.generation_config = copy.deepcopy(host.generation_config)
