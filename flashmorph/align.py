@@ -33,8 +33,8 @@ def align(model: MorphableModel, data: Iterable[dict[str, torch.Tensor]], *, ste
           callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "align", **config: Any) -> FitResult:
     """Stage 1: train all linear branches of `model` on rows `{"input_ids": (T,)}` of `data`; the teacher's weights and the gates stay as they are.
 
-    Each event of the result has `layers`, the L losses of that step. The defaults are the public recipe's (cosine 1e-3 to 1e-5, AdamW(0.9, 0.95), clip 1); the paper
-    uses 320M tokens of length 512. Further keywords are those of `FitConfig`; errors are those of `fit`."""
+    Each event of the result has `layers`, the L losses of that step. The defaults are the public recipe's (cosine 1e-3 to 1e-5,
+    AdamW(0.9, 0.95), clip 1); the paper uses 320M tokens of length 512. Further keywords are those of `FitConfig`; errors are those of `fit`."""
     objective = AlignObjective(model, relative)
     try:
         return fit(objective, data, FitConfig(steps=steps, batch_size=batch_size, lr=lr, lr_end=lr_end, warmup=min(warmup, steps), **config), stage=stage,

@@ -32,7 +32,9 @@ class _HandThrough(nn.Module):
 
 def host_of(model: nn.Module) -> PreTrainedModel:
     "The plain transformers causal LM inside a hybrid or morphable model (or the model itself)."
-    return getattr(model, "host", model)
+    host = getattr(model, "host", model)
+    if not isinstance(host, PreTrainedModel): raise TypeError(f"expected a transformers model, a hybrid or a morphable model, got {type(model).__name__}")
+    return host
 
 @contextlib.contextmanager
 def logits_from_hidden(model: nn.Module) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -115,11 +117,12 @@ def distill(hybrid: HybridForCausalLM, teacher: PreTrainedModel, data: Iterable[
             callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "distill", **config: Any) -> FitResult:
     """Stage 3: train `hybrid` to predict what `teacher` predicts on rows `{"input_ids": (T,), ["attention_mask": (T,)]}`.
 
-    The loss is KL(teacher || hybrid) per valid token at `temperature`. Defaults follow arXiv 2606.30562 but for the number of steps. Further keywords are those of
-    `FitConfig`. Raises `ValueError` if the vocabularies differ; otherwise errors are those of `fit`."""
+    The loss is KL(teacher || hybrid) per valid token at `temperature`. Defaults follow arXiv 2606.30562 but for the number of steps.
+    Further keywords are those of `FitConfig`. Raises `ValueError` if the vocabularies differ; otherwise errors are those of `fit`."""
     objective = DistillObjective(hybrid.train(), teacher, temperature)
     c = FitConfig(steps=steps, batch_size=batch_size, lr=lr, lr_end=lr_end, **config)
-    try: return fit(objective, data, c, stage=stage, folder=folder, resume=resume, callbacks=callbacks, progress=progress, settings={"temperature": temperature})
+    settings = {"temperature": temperature}
+    try: return fit(objective, data, c, stage=stage, folder=folder, resume=resume, callbacks=callbacks, progress=progress, settings=settings)
     finally: hybrid.eval()
 
 
@@ -128,7 +131,8 @@ def finetune(model: nn.Module, data: Iterable[dict[str, torch.Tensor]], *, steps
              callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "finetune", **config: Any) -> FitResult:
     """Stage 4: next-token training of `model` (hybrid or any causal LM), meant for long sequences; constant 1e-5 by default (arXiv 2606.30562).
 
-    `answer_weight` adds that much of the mean loss on answer tokens to rows that have `answers`. Further keywords are those of `FitConfig`; errors are those of `fit`."""
+    `answer_weight` adds that much of the mean loss on answer tokens to rows that have `answers`.
+    Further keywords are those of `FitConfig`; errors are those of `fit`."""
     objective = NextTokenObjective(model.train(), answer_weight)
     c = FitConfig(steps=steps, batch_size=batch_size, lr=lr, lr_end=lr_end, **config)
     settings = {"answer_weight": answer_weight}

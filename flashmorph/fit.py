@@ -149,16 +149,14 @@ class _Batches:
     "Stack rows of a stream into batches; `state_dict` is the position after the last batch given out."
     def __init__(self, data, batch_size: int, rank: int = 0, world: int = 1):
         self.data, self.batch_size, self.rank, self.world = data, batch_size, rank, world
-        self.taken, self.rows, self.stateful = 0, None, hasattr(data, "state_dict")
+        self.taken, self.stateful = 0, hasattr(data, "state_dict")
+        self.rows: Iterator[dict[str, torch.Tensor]] | None = None
 
     def _next_row(self) -> dict[str, torch.Tensor]:
-        for attempt in range(2):
+        for _ in range(2):                                   # at the end of the data it starts over
             if self.rows is None: self.rows = iter(self.data)
-            try: row = next(self.rows)
-            except StopIteration:
-                if attempt: break
-                self.rows = None
-            else: self.taken += 1; return row
+            if (row := next(self.rows, None)) is not None: self.taken += 1; return row
+            self.rows = None
         raise ValueError("the training data is empty: expected at least one row")
 
     def next(self) -> dict[str, torch.Tensor]:
@@ -243,7 +241,8 @@ class _Run:
         self.settings = _settings(config, stage, settings)
         self.log = EventLog(folder / "log.jsonl") if folder and self.acc.is_main_process else None
         self.checkpoints = Checkpoints(folder / "checkpoints" / stage, config.keep) if folder else None
-        self.step, self.tokens, self.seconds, self.events = 0, 0, 0.0, []
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.events: list[dict[str, Any]] = []
         self.last: Path | None = None
 
     def restore(self) -> dict[str, torch.Tensor]:
@@ -258,11 +257,12 @@ class _Run:
         if self.log: self.events = self.log.rewind(self.stage, self.step)
         return tensors
 
-    def fresh(self) -> None:
-        "Forget what an earlier run left of this stage."
+    def fresh(self) -> dict[str, torch.Tensor]:
+        "Forget what an earlier run left of this stage; there is nothing to load."
         if self.checkpoints and self.acc.is_main_process:
             for p in self.checkpoints.paths(): p.unlink()
         if self.log: self.log.rewind(self.stage, -1)
+        return {}
 
     def save(self, optimizer=None) -> None:
         if not (self.checkpoints and self.acc.is_main_process): return
@@ -301,12 +301,12 @@ def fit(objective: Objective, data: Iterable[dict[str, torch.Tensor]], config: F
         resume: bool = False, callbacks: Iterable[Callback] = (), progress: bool = True, settings: dict[str, Any] | None = None) -> FitResult:
     """Train `objective` on the rows of `data` for `config.steps` optimizer steps.
 
-    With a `folder`, events go to `folder/log.jsonl` and checkpoints to `folder/checkpoints/<stage>/`; `resume=True` goes on from the newest one, bit for bit on a CPU
-    (a finished stage is only loaded). `settings` are further facts that a resumed run must share (they are compared).
-    Raises `FloatingPointError` on a loss that is not finite, `ValueError` on a checkpoint that does not fit, `OSError` if saving fails, `KeyboardInterrupt` after a
-    clean stop; in each case the last checkpoint stays."""
+    With a `folder`, events go to `folder/log.jsonl` and checkpoints to `folder/checkpoints/<stage>/`; `resume=True` goes on from the newest one,
+    bit for bit on a CPU (a finished stage is only loaded). `settings` are further facts that a resumed run must share (they are compared).
+    Raises `FloatingPointError` on a loss that is not finite, `ValueError` on a checkpoint that does not fit, `OSError` if saving fails,
+    `KeyboardInterrupt` after a clean stop; in each case the last checkpoint stays."""
     run = _Run(objective, data, config, stage, Path(folder) if folder else None, settings or {})
-    tensors = run.restore() if resume else run.fresh() or {}
+    tensors = run.restore() if resume else run.fresh()
     callbacks = list(callbacks) if run.acc.is_main_process else []
     for cb in callbacks: cb.start(stage, config, run.events)
     if run.step < config.steps: _loop(run, tensors, callbacks, progress)

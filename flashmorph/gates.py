@@ -105,8 +105,9 @@ def train_gates(model: MorphableModel, data: Iterable[dict[str, torch.Tensor]], 
                 resume: bool = False, callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "gates", **config: Any) -> GateRun:
     """Stage 2: train the L gates of `model` on passkey books `{"input_ids": (T,), "answers": (T,)}`; all weights stay frozen.
 
-    `align` is `"raw"` (the paper's squared error, lambda 0.1) or `"relative"` (divided by the teacher's energy, lambda 0.01); `lam` overrides the price. Gates
-    start at `start`, are kept in [0, 1] by projection after each step, and stay in `model.gates`. Further keywords are those of `FitConfig`; errors are those of `fit`."""
+    `align` is `"raw"` (the paper's squared error, lambda 0.1) or `"relative"` (divided by the teacher's energy, lambda 0.01); `lam`
+    overrides the price. Gates start at `start`, are kept in [0, 1] by projection after each step, and stay in `model.gates`.
+    Further keywords are those of `FitConfig`; errors are those of `fit`."""
     model.gates = start
     began = model.gates
     objective = GateObjective(model, align, lam)
