@@ -41,6 +41,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in 
 def _convert(recipe: Path | None, out: Path, changes: list[str], resume: bool, overwrite: bool) -> None:
     from flashmorph.recipe import convert, load_recipe
     from flashmorph.report import results_table
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()                           # the bars of loading and saving; those of training stay
     with _plain_errors(out):
         loaded = load_recipe(recipe, changes) if recipe else None
         results = convert(loaded, out, resume=resume, overwrite=overwrite, say=lambda line: console.print(f"[bold]>[/] {line}"))

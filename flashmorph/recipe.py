@@ -19,7 +19,7 @@ from .evaluate import Evaluation, evaluate
 from .fit import Callback, EventLog, FitConfig, write_aside
 from .gates import train_gates
 from .hybrid import HybridForCausalLM
-from .mixers import mixer_names
+from .mixers import mixer_class
 from .morph import MorphableModel, morph
 from .report import write_report
 from .retrieval import Mixture, Passkeys, passkeys
@@ -78,7 +78,7 @@ class Recipe:
 
     def __post_init__(self):
         object.__setattr__(self, "compare", tuple(self.compare))
-        if self.mixer not in mixer_names(): raise ValueError(f"recipe: unknown mixer {self.mixer!r}; {nearest(self.mixer, mixer_names())}")
+        mixer_class(self.mixer)
         if not isinstance(self.seed, int): raise ValueError(f"recipe: seed: expected an integer, got {self.seed!r}")
         for name in self.compare:
             if name not in COMPARE: raise ValueError(f"recipe: unknown entry {name!r} in compare; {nearest(name, COMPARE)}")
@@ -247,6 +247,7 @@ def convert(recipe: Recipe | None, folder: str | Path, *, resume: bool = False, 
         if name == "flashmorph": _save_hybrid(hybrid, run)
     results = {"budget": run.budget, "layers": sets["flashmorph"], "num_layers": num_layers, "selection": {"budget": run.budget, **asdict(selection)},
                "selections": sets, "teacher": recipe.teacher, "mixer": recipe.mixer, "context": run.length, "seconds": run.seconds, "models": models}
-    write_aside(folder / "results.json", lambda p: p.write_text(json.dumps(results, indent=1)))
+    written = json.dumps(results, indent=1)
+    write_aside(folder / "results.json", lambda p: p.write_text(written))
     write_report(folder)
-    return results
+    return json.loads(written)

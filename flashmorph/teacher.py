@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from .hosts import attention_modules
+from .hosts import check_host
 from .retrieval import NATO, BookTemplate, ordinal
 from .text import COLOURS, EVENTS, FACTS, MOODS, NAMES, PLACES, THINGS, TIMES, TRADES
 
@@ -59,5 +59,5 @@ def load_teacher(name: str | Path = BUNDLED, **kwargs: Any) -> tuple[PreTrainedM
 
     Raises `ValueError` if it cannot be loaded, or if its family is not supported (naming those that are)."""
     model, tokenizer = load_model(name, **kwargs)
-    attention_modules(model)                    # an unsupported family raises here, not an hour later
+    check_host(model)                           # an unsupported family raises here, not an hour later
     return model.requires_grad_(False), tokenizer
