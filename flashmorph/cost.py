@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from .hosts import attention_modules, mixer_dims, supported_families
 from .hybrid import HybridConfig, check_layers
@@ -23,9 +22,9 @@ from .mixers import MixerDims, make_mixer, mixer_class
 class Cost:
     """What a hybrid with full attention in `full_layers` needs for `batch` sequences of `context` tokens.
 
-    FLOPs are two per multiply-add of matrix products; attention counts only the (query, key) pairs that mask and window allow; element-wise work and
-    RoPE are left out. *Prefill* reads `context` tokens and computes the logits of the last one, as `generate` does. *Decode* is one step: the next
-    token of each sequence, with `context` tokens already in the cache."""
+    FLOPs are two per multiply-add of matrix products; attention counts only the (query, key) pairs that mask and window allow;
+    element-wise work is left out. *Prefill* reads `context` tokens and computes the logits of the last one, as `generate` does.
+    *Decode* is one step: the next token of each sequence, with `context` tokens already in the cache."""
     full_layers: tuple[int, ...]
     num_layers: int
     context: int
@@ -39,7 +38,9 @@ class Cost:
     decode_bytes: int   # read in one step: weights used, keys and values, states. With experts: at most (no two tokens share one)
 
     @property
-    def cache_bytes(self) -> int: "All that has to be kept per batch between tokens: `kv_bytes + state_bytes`."; return self.kv_bytes + self.state_bytes
+    def cache_bytes(self) -> int:
+        "All that is kept between tokens: `kv_bytes + state_bytes`."
+        return self.kv_bytes + self.state_bytes
 
 # %% ../nbs/41_cost.ipynb #3213b587
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class _MixerCost:
 
     def run(self, tokens: int, state: torch.Tensor | None = None) -> tuple[int, torch.Tensor]:
         "FLOPs of `tokens` more tokens of one sequence, and the state after them."
+        from torch.utils.flop_counter import FlopCounterMode              # brings triton with it
         d = self.dims
         def zeros(*shape): return torch.zeros(1, tokens, *shape)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -136,7 +138,8 @@ class CostModel:
             with torch.device("meta"): model = AutoModelForCausalLM.from_config(self.config)
         except ValueError as e:
             kind = getattr(config, "model_type", type(config).__name__)
-            raise ValueError(f"{kind!r} is no decoder that transformers can build. Supported families: {', '.join(supported_families())}") from e
+            families = ", ".join(supported_families())
+            raise ValueError(f"{kind!r} is no decoder that transformers can build. Supported families: {families}") from e
         self.dims = [mixer_dims(attn, model.config) for _, attn in attention_modules(model)]
         shapes = [replace(d, layer_idx=0) for d in self.dims]
         built = {shape: _MixerCost(mixer, shape) for shape in set(shapes)}
@@ -147,16 +150,20 @@ class CostModel:
     def num_layers(self) -> int: return len(self.dims)
 
     def __call__(self, layers: Iterable[int] | Any, *, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Cost:
-        "Counts for full attention in `layers` (integers, or anything with `.layers`). Raises `ValueError` for layers that are not there and sizes below 1."
+        """Counts for full attention in `layers` (integers, or anything with `.layers`).
+
+        Raises `ValueError` for layers that are not there and for a context or batch below 1."""
         for name, value in (("context", context), ("batch", batch)):
             if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
         chosen = check_layers(layers, self.num_layers)
         key = context, batch, dtype
-        if key not in self._layers: self._layers[key] = _full_layers(self.config, self.dims, *key), _linear_layers(self.mixers, context, batch)
+        if key not in self._layers:
+            self._layers[key] = _full_layers(self.config, self.dims, *key), _linear_layers(self.mixers, context, batch)
         full, linear = self._layers[key]
         used, w = [full[i] if i in chosen else linear[i] for i in range(self.num_layers)], self.weights
         added, kv, kept = sum(x.parameters for x in used), sum(full[i].kept for i in chosen), sum(x.kept for x in used)
-        return Cost(tuple(chosen), self.num_layers, context, batch, parameters=w.parameters + added, weight_bytes=(w.parameters + added) * dtype.itemsize,
+        return Cost(tuple(chosen), self.num_layers, context, batch,
+                    parameters=w.parameters + added, weight_bytes=(w.parameters + added) * dtype.itemsize,
                     kv_bytes=kv, state_bytes=kept - kv,
                     prefill_flops=2 * batch * (context * w.active + w.head) + sum(x.prefill for x in used),
                     decode_flops=2 * batch * (w.active + w.head) + sum(x.decode for x in used),
@@ -173,5 +180,6 @@ def budget_costs(config: PreTrainedConfig, order: Sequence[int], *, context: int
                  dtype: torch.dtype = torch.bfloat16) -> list[Cost]:
     "The costs of keeping the first 0, 1, ..., L layers of `order` (most important first, as `GateRun.order` gives them): L + 1 of them."
     model = CostModel(config, mixer)
-    if sorted(order) != list(range(model.num_layers)): raise ValueError(f"order: expected each of the {model.num_layers} layers once, got {list(order)}")
+    if sorted(order) != list(range(model.num_layers)):
+        raise ValueError(f"order: expected each of the {model.num_layers} layers once, got {list(order)}")
     return [model(order[:k], context=context, batch=batch, dtype=dtype) for k in range(model.num_layers + 1)]
