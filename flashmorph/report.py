@@ -53,7 +53,7 @@ def time_text(value: Any) -> str:
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {round(v) % 60} s"
 
 # %% ../nbs/52_report.ipynb #8b22ce21
-COLUMNS = ("model", "stage", "full layers", "recall", "exact", "answer NLL", "LM NLL", "parameters", "cache")
+COLUMNS = ("model", "stage", "full layers", "recall", "exact", "answer NLL", "LM NLL", "params", "cache")
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     "The cells of the table, as `COLUMNS`."
@@ -64,7 +64,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         model, kept = models[name], len(sets[name]) if name in sets else L if name == "teacher" else 0 if name == "all_linear" else "?"
         for stage, label in STAGES.items():
             if not (s := model.get(stage)): continue
-            rows.append((name.replace("_", " "), label, f"{kept} of {L}", percent_text(s.get("recall")), percent_text(s.get("exact")),
+            rows.append((name.replace("_", " "), label, f"{kept}/{L}", percent_text(s.get("recall")), percent_text(s.get("exact")),
                          nats_text(s.get("answer_nll")), nats_text(s.get("lm_nll")), count_text(model.get("parameters")),
                          bytes_text(model.get("cache_bytes"))))
     return rows
@@ -74,7 +74,7 @@ def results_table(results: dict[str, Any]) -> Table:
     layers = f"full attention in layers {results['layers']}" if results.get("layers") else ""
     seconds = ", ".join(f"{stage} {time_text(s)}" for stage, s in (results.get("seconds") or {}).items())
     table = Table(title=Text(layers) if layers else None, caption=Text(seconds) if seconds else None, box=box.SIMPLE_HEAD,
-                  collapse_padding=True, pad_edge=False)
+                  padding=(0, 1, 0, 0), pad_edge=False)
     for name in COLUMNS: table.add_column(name.replace(" ", "\n"), justify="left" if name in COLUMNS[:2] else "right", no_wrap=True)
     previous = None
     for row in _rows(results):
