@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'CACHE_NAMES', 'INTERFACE', 'supported_families', 'attent
            'linear_slot', 'find_cache', 'LinearAttention', 'linear_attention', 'hand_mask_down', 'check_host']
 
 # %% ../nbs/11_hosts.ipynb #026bc3d6
-import copy, functools, inspect
+import copy, inspect
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -144,11 +144,8 @@ def linear_attention(attn: Any, mixer: str, config: PreTrainedConfig) -> LinearA
     return LinearAttention(attn, make_mixer(mixer, mixer_dims(attn, config)).to(device=like.device, dtype=like.dtype))
 
 # %% ../nbs/11_hosts.ipynb #c2abfb4d
-@functools.cache
-def _signature(cls: Any) -> inspect.Signature: return inspect.signature(cls.forward)
-
 def _mask_hook(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    bound = _signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments       # type: ignore[arg-type]
+    bound = inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments
     call = {name: value for name, value in list(bound.items())[1:] if name != "kwargs"} | bound.get("kwargs", {})
     mask, ids = call.get("attention_mask"), call.get("input_ids")
     T = (ids if ids is not None else call["inputs_embeds"]).shape[1]

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from families import FAMILIES, close, shake, teacher, tokens
 from flashmorph import hosts
-from flashmorph.mixers import Lightning, MixerDims, lightning_log_decay
+from flashmorph.mixers import Lightning, MixerDims, make_mixer
 from flashmorph.morph import morph
 from flashmorph.ops import reference
 
@@ -50,7 +50,8 @@ def test_supported(name):
 @pytest.mark.parametrize("name", list(UNSUPPORTED))
 def test_unsupported(name):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=97, **UNSUPPORTED[name]))
-    with pytest.raises(ValueError, match=f"{name}.*cannot be converted.*Supported families: gemma2, .*qwen3_moe"): morph(model)
+    why = "keywords given to the model do not reach" if name in ("stablelm", "nemotron") else "attention interface once"
+    with pytest.raises(ValueError, match=f"{name}.*cannot be converted: .*{why}.*Supported families: gemma2, .*qwen3_moe"): morph(model)
 
 
 def test_a_model_that_hides_its_sizes_is_refused():
@@ -78,7 +79,8 @@ def test_only_the_softmax_is_replaced(name):
     with torch.no_grad(): model(ids, use_cache=False)
 
     def by_hand(module, query, key, value, mask, scaling=None, **kwargs):
-        n, g = query.shape[1], lightning_log_decay(query.shape[1])
+        n = query.shape[1]
+        g = torch.tensor([-2. ** (-8 * h / n) for h in range(1, n + 1)])
         o = [reference.lightning(*(x[:, h // (n // x.shape[1]), :, None] for x in (query, key, value)), g[h:h + 1], scale=scaling)[0] for h in range(n)]
         o = torch.cat(o, 2).flatten(2)
         return (o / (o.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).view(*o.shape[:2], n, -1), None       # gate neutral, norm weight 1
@@ -105,6 +107,34 @@ def test_padding_and_chunked_prefill(name):
             parts.append(model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True).logits)
     close(one[mask.bool()], torch.cat(parts, 1)[mask.bool()], 2e-4)
     assert [type(slot) for slot in cache.layers] == [hosts.StateLayer] * 4 and cache.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("name,kw,scale", [("gemma2", dict(query_pre_attn_scalar=32), 32 ** -0.5), ("qwen3", {}, 8 ** -0.5),
+                                           ("qwen3-wide-heads", {}, 16 ** -0.5)])
+def test_the_scale_is_the_teachers(name, kw, scale):
+    "Seen at the mixer: its output norm hides a common factor from everything after it."
+    model, scales = linear(name, **kw), []
+    for module in model.modules():
+        if isinstance(module, Lightning): module.register_forward_pre_hook(lambda m, args, kwargs: scales.append(kwargs["scale"]), with_kwargs=True)
+    model(tokens()[0])
+    assert scales == pytest.approx([scale] * 4)
+
+
+def test_padding_after_real_tokens_leaves_no_trace():
+    "Padding that comes when there is a state already: it must not decay."
+    mixer = shake(make_mixer("lightning", MixerDims(20, 4, 2, 6, 8)), 0.3)
+    x = [torch.randn(2, 90, *shape) for shape in ((4, 6), (2, 6), (2, 8), (20,))]
+    mask = torch.ones(2, 90); mask[:, 30:50] = 0; mask[:, 80:] = 0
+    keep = mask[0].bool()
+    with torch.no_grad():
+        o, state = mixer(*x, scale=0.3, mask=mask)
+        expected, end = mixer(*(t[:, keep] for t in x), scale=0.3)
+        close(o[:, keep], expected, 1e-4)
+        close(state, end, 1e-4)
+        state = None
+        for t in range(90):                                                                  # the same token by token
+            o, state = mixer(*(y[:, t:t + 1] for y in x), scale=0.3, mask=mask[:, t:t + 1], state=state)
+        close(state, end, 1e-4)
 
 
 def test_mask_reaches_direct_calls_of_the_decoder():

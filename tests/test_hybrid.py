@@ -298,6 +298,17 @@ def test_config():
     assert config.get_text_config() is config and config.teacher.model_type == "mistral"
 
 
+def test_compile():
+    "One graph, forward and backward, with padding."
+    h, (ids, mask) = hybrid("llama", full=(1,), num_hidden_layers=2), tokens(pad=4)
+    batch = dict(attention_mask=mask, labels=ids, use_cache=False)
+    loss = torch.compile(h, backend="aot_eager", fullgraph=True)(ids, **batch).loss
+    close(loss, h(ids, **batch).loss, 1e-4)
+    loss.backward()
+    assert h.host.model.layers[0].self_attn.mixer.norm.weight.grad.any()
+    torch._dynamo.reset()
+
+
 def test_sharded_file(tmp_path):
     h, (ids, _) = hybrid("llama"), tokens()
     h.save_pretrained(tmp_path, max_shard_size="20KB")

@@ -87,6 +87,7 @@ def test_the_teacher_is_left_alone():
     assert trainable and all(".linear." in n for n in trainable)
     assert model.host.get_input_embeddings().weight is model.host.get_output_embeddings().weight
     assert share(t).config is not t.config
+    assert [b.data_ptr() for b in share(t).buffers()] == [b.data_ptr() for b in t.buffers()]
 
 
 def test_skips_the_other_branch():
@@ -243,6 +244,14 @@ def test_alignment_under_autocast():
     torch.testing.assert_close(half, plain, rtol=0.1, atol=0)
     half.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for layer in model.layers for p in layer.linear.parameters())
+
+
+def test_alignment_with_gradient_checkpointing():
+    model, (ids, mask) = morphed("llama").train(), tokens(pad=3)
+    params = [p for layer in model.layers for p in layer.linear.parameters()]
+    plain = torch.autograd.grad(model.alignment_losses(ids, mask).sum(), params)
+    model.host.gradient_checkpointing_enable()
+    for a, b in zip(torch.autograd.grad(model.alignment_losses(ids, mask).sum(), params), plain): close(a, b, 1e-4)
 
 
 def test_alignment_learns():
