@@ -128,7 +128,7 @@ def _branches(model: "GatedModel") -> dict[str, Tensor]:
 def _save_branches(model: "GatedModel", file: Path) -> None:
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: x.cpu().contiguous() for name, x in _branches(model).items()}, aside, {"format": "flashmorph-branches", "mixer": model.mixer})
+        save_file({name: x.cpu().contiguous() for name, x in _branches(model).items()}, aside, {"flashmorph_branches": model.mixer})
         os.replace(aside, file)
     finally: aside.unlink(missing_ok=True)
 
@@ -137,8 +137,8 @@ def _load_branches(model: "GatedModel", file: Path) -> None:
     try:
         with safe_open(file, "pt") as f: meta, theirs = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
     except SafetensorError as error: raise ValueError(f"{file} is not a safetensors file, or it is cut off: {error}") from error
-    if meta.get("format") != "flashmorph-branches": raise ValueError(f"{file} holds no linear branches (save_branches writes such files)")
-    if meta["mixer"] != model.mixer: raise ValueError(f"{file} holds {meta['mixer']!r} branches, but the model has {model.mixer!r}")
+    if (kind := meta.get("flashmorph_branches")) is None: raise ValueError(f"{file} holds no linear branches (save_branches writes such files)")
+    if kind != model.mixer: raise ValueError(f"{file} holds {kind!r} branches, but the model has {model.mixer!r}")
     wrong = [f"missing {sorted(ours.keys() - theirs)}"] if ours.keys() - theirs else []
     wrong += [f"unexpected {sorted(theirs.keys() - ours)}"] if theirs.keys() - ours else []
     wrong += [f"{n} is {tuple(theirs[n].shape)}, not {tuple(x.shape)}" for n, x in ours.items() if n in theirs and theirs[n].shape != x.shape]

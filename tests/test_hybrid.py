@@ -219,6 +219,13 @@ def test_weights_survive_construction(name):
         assert all(torch.equal(a, b) for a, b in zip(branch.parameters(), twin.parameters(), strict=True))
 
 
+def test_a_part_that_transformers_did_not_make():
+    "A teacher whose user put a head of their own in: nothing marks it as initialised, and it must come through all the same."
+    t, (ids, mask) = teacher("qwen3-untied"), tokens(pad=3)
+    t.lm_head = torch.nn.Linear(32, 97)
+    assert torch.equal(logits(commit(morph(t), range(4)), ids, mask), logits(t, ids, mask))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
 def test_random_model_from_a_configuration(name):
     "`from_config` gives a neutral mixer whatever the host does to weights it does not know."

@@ -182,6 +182,20 @@ def test_record():
     assert all(torch.equal(x, every[i][where]) for i, x in enumerate(outs)) and not outs[0].requires_grad
     with torch.no_grad(), model.full_pass(), model.record(where) as target: model.hidden(ids, mask)
     assert len(target) == 4 and not torch.equal(target[2], outs[2])
+    with torch.no_grad(), model.record(where) as twice:                                      # only the first pass counts
+        logits(model, ids, mask)
+        with model.full_pass(): logits(model, ids, mask)
+    assert len(twice) == 4 and torch.equal(twice[2], outs[2])
+    alphas = train_gates(model.train())
+    with model.record(where) as outs:
+        model.hidden(ids, mask)
+        plain = torch.autograd.grad(sum(x.sum() for x in outs), alphas)
+    model.host.gradient_checkpointing_enable()
+    with model.record(where) as outs:                                                        # layers run again inside
+        model.hidden(ids, mask)
+        again = torch.autograd.grad(sum(x.sum() for x in outs), alphas)
+        assert len(outs) == 4
+    close(torch.stack(again), torch.stack(plain), 1e-4)
 
 
 @family
@@ -275,10 +289,10 @@ def test_branches_to_a_file(tmp_path):
     assert not any("full" in name for name in load_file(file))
 
     good, before = load_file(file), logits(other, ids)
-    meta = {"format": "flashmorph-branches", "mixer": "lightning"}
+    meta = {"flashmorph_branches": "lightning"}
     first = next(name for name in good if "q_proj" in name)
     for change, word, m in ((lambda d: d.pop(first), "missing", meta), (lambda d: d.update(more=torch.ones(1)), "unexpected.*more", meta),
-                            (lambda d: d.update({first: torch.ones(3)}), r"is \(3,\), not", meta), (dict, "mixer|'other'", {**meta, "mixer": "other"}),
+                            (lambda d: d.update({first: torch.ones(3)}), r"is \(3,\), not", meta), (dict, "'other' branches", {"flashmorph_branches": "other"}),
                             (dict, "no linear branches", {"format": "pt"})):
         bad = dict(good); change(bad)
         if change is dict: bad = good
@@ -293,7 +307,10 @@ def test_branches_to_a_file(tmp_path):
 def test_disk_full_keeps_the_previous_file(tmp_path, monkeypatch):
     model, file = morphed("qwen3"), tmp_path / "branches.safetensors"
     model.save_branches(file)
-    before = file.read_bytes()
+    before, node = file.read_bytes(), file.stat().st_ino
+    with open(file, "rb") as held:                                                           # keeps the old inode from being used again
+        model.save_branches(file)
+        assert file.stat().st_ino != node and held.read() == before == file.read_bytes()     # another file was moved in its place
     def full(tensors, path, metadata):
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
