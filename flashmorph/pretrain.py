@@ -10,15 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from .distill import finetune
 from .evaluate import evaluate
 from .fit import write_aside
-from .retrieval import NATO, encode_piece, passkeys
+from .retrieval import NATO, Mixture, encode_piece, passkeys
 from .teacher import build_tokenizer
+from .text import text
 
 # %% auto #0
-__all__ = ['TASK', 'PHASES', 'Echoes', 'teacher_config', 'pretrain']
+__all__ = ['TASK', 'PHASES', 'Echoes', 'teacher_config', 'use_layers', 'pretrain']
 
 # %% ../nbs/45_pretrain.ipynb #1b1c1207
 class Echoes:
@@ -42,10 +44,10 @@ class Echoes:
 # %% ../nbs/45_pretrain.ipynb #9766dc60
 TASK: dict[str, int] = {"length": 256, "keys": 4, "words_per_key": 6}
 PHASES: list[dict[str, Any]] = [
-    {"name": "echoes", "steps": 800, "batch_size": 32, "lr": 2e-3, "warmup": 200},
-    {"name": "two-keys", "books": {"length": 96, "keys": 2, "words_per_key": 4}, "steps": 250, "batch_size": 42, "lr": 2e-3, "warmup": 20},
-    {"name": "three-keys", "books": {"length": 160, "keys": 3, "words_per_key": 5}, "steps": 200, "batch_size": 25, "lr": 2e-3, "warmup": 20},
-    {"name": "four-keys", "books": TASK, "steps": 600, "batch_size": 16, "lr": 2e-3, "lr_end": 2e-5, "warmup": 20},
+    {"name": "echoes", "depth": 5, "steps": 800, "batch_size": 32, "lr": 2e-3, "warmup": 200},
+    {"name": "two-keys", "depth": 9, "books": {"length": 96, "keys": 2, "words_per_key": 4}, "steps": 300, "batch_size": 42, "lr": 2e-3, "warmup": 20},
+    {"name": "three-keys", "depth": 9, "books": {"length": 160, "keys": 3, "words_per_key": 5}, "steps": 150, "batch_size": 25, "lr": 2e-3, "warmup": 20},
+    {"name": "four-keys", "depth": 12, "books": TASK, "plain": 0.25, "steps": 500, "batch_size": 16, "lr": 2e-3, "lr_end": 2e-5, "warmup": 20},
 ]
 
 def teacher_config(tokenizer) -> Qwen3Config:
@@ -54,26 +56,38 @@ def teacher_config(tokenizer) -> Qwen3Config:
                        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.08,
                        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
 
+def use_layers(model: PreTrainedModel, layers: list[nn.Module], depth: int) -> None:
+    "Make `model` consist of the first `depth` of `layers`."
+    model.model.layers = nn.ModuleList(layers[:depth])
+    model.config.num_hidden_layers = depth
+
 def pretrain(folder: str | Path, *, seed: int = 0, phases: list[dict[str, Any]] | None = None, resume: bool = False, progress: bool = True,
              say: Callable[[str], None] = lambda line: None) -> PreTrainedModel:
     """Train the bundled teacher from scratch and save it with its tokenizer in `folder/teacher`.
 
     Deterministic for a `seed` and a number of threads; can be killed and resumed. `training.json` beside the weights records losses
     and the evaluation after each phase."""
-    folder, tokenizer = Path(folder), build_tokenizer()
+    folder, tokenizer, phases = Path(folder), build_tokenizer(), PHASES if phases is None else phases
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(teacher_config(tokenizer))
+    layers = list(model.model.layers)
+    with torch.no_grad():
+        for layer in layers[phases[0]["depth"]:]: layer.self_attn.o_proj.weight.zero_(); layer.mlp.down_proj.weight.zero_()
     record: dict[str, Any] = {"seed": seed, "phases": []}
-    for i, phase in enumerate(PHASES if phases is None else phases):
+    for i, phase in enumerate(phases):
         options = dict(phase)
         name, books = options.pop("name"), options.pop("books", None)
-        data = passkeys(tokenizer, **books, seed=seed * 100 + i) if books else Echoes(tokenizer, seed=seed)
+        use_layers(model, layers, options.pop("depth"))
+        data: Any = passkeys(tokenizer, **books, seed=seed * 100 + i) if books else Echoes(tokenizer, seed=seed)
+        if plain := options.pop("plain", 0.0):
+            data = Mixture([data, text(tokenizer, length=books["length"], seed=seed * 100 + i)], [1 - plain, plain], seed=seed)
         result = finetune(model, data, answer_weight=2.0, betas=(0.9, 0.98), weight_decay=0.02, seed=seed, folder=folder, resume=resume,
                           progress=progress, stage=f"pretrain-{name}", **options)
         scores = evaluate(model, tokenizer, **(books or TASK))
         say(f"{name}: loss {result.losses[-1]:.3f}, recall {scores.recall:.3f}, exact {scores.exact:.3f}, text {scores.lm_nll:.3f}")
         losses = [round(x, 4) for x in result.losses[::10]]
         record["phases"].append({"name": name, "steps": result.steps, "tokens": result.tokens, "losses": losses, "evaluation": asdict(scores)})
+    use_layers(model, layers, len(layers))
     model.save_pretrained(folder / "teacher"); tokenizer.save_pretrained(folder / "teacher")
     write_aside(folder / "teacher" / "training.json", lambda p: p.write_text(json.dumps(record)))
     return model

@@ -127,8 +127,9 @@ def passkeys(tokenizer, source: str | list[str] = "stories", *, length: int = 10
 
 # %% ../nbs/21_retrieval.ipynb #1897f8db
 class Mixture:
-    """Rows `{"input_ids": (length,)}` from several streams of the same length, stream `i` with probability `weights[i]`.
+    """Rows `{"input_ids": (length,), "answers": (length,)}` from several streams of the same length, stream `i` with probability `weights[i]`.
 
+    `answers` is all 0 in rows of streams without answers.
     Deterministic for a `seed`, and resumable like its streams. Raises `ValueError` if streams and weights do not match."""
     def __init__(self, streams: list, weights: list[float], seed: int = 0):
         if len(streams) != len(weights) or not streams or min(weights) < 0 or sum(weights) <= 0:
@@ -141,7 +142,7 @@ class Mixture:
             draw = random.Random(f"mixture {self.seed} {self.index}").choices(range(len(rows)), self.weights)[0]
             self.index += 1
             row = next(rows[draw])
-            yield {"input_ids": row["input_ids"]}
+            yield {"answers": torch.zeros_like(row["input_ids"]), **row}
 
     def state_dict(self) -> dict[str, Any]: return {"index": self.index, "streams": [s.state_dict() for s in self.streams]}
 

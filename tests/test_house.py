@@ -15,7 +15,8 @@ NBS = ROOT / "nbs"
 # Notebooks that export nothing: pages to read.
 PAGES = {"index.ipynb"}
 # Imports of a later chapter, each inside a function and with its reason: (from, to).
-FORWARD = {("morph", "hybrid"): "MorphableModel.commit(layers) reads better than a function of two chapters later"}
+FORWARD = {("morph", "hybrid"): "MorphableModel.commit(layers) reads better than a function of two chapters later",
+           ("gates", "select"): "GateRun.select(budget) reads better than a function of the next chapter"}
 FRAME = {"settings.ini", "setup.py", "nbs", "flashmorph", "tests", "docs", "README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md",
          "Makefile", "MANIFEST.in", "constraints.txt", "pyproject.toml"}
 LIGHT = {"plotly", "fla", "triton", "datasets", "ipywidgets", "anywidget", "nbdev"}  # what `import flashmorph` must not bring in
