@@ -5,13 +5,13 @@
 # %% ../nbs/33_select.ipynb #ca5c00d5
 from __future__ import annotations
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from .fit import write_aside
 
 # %% auto #0
-__all__ = ['check_budget', 'Selection', 'top_k']
+__all__ = ['check_budget', 'check_pins', 'Selection', 'top_k']
 
 # %% ../nbs/33_select.ipynb #22ddf953
 def check_budget(budget: int, num_layers: int) -> int:
@@ -23,24 +23,45 @@ def check_budget(budget: int, num_layers: int) -> int:
     return k
 
 
+def check_pins(full: Iterable[int], linear: Iterable[int], num_layers: int, budget: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    "Layers pinned by hand, sorted. Raises `ValueError` for a layer that is not there or pinned twice, and if `budget` cannot be met."
+    full, linear = tuple(sorted(full)), tuple(sorted(linear))
+    pinned = [*full, *linear]
+    bad = [i for i in pinned if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_layers]
+    if bad: raise ValueError(f"pins: expected layers from 0 to {num_layers - 1}, got {bad}")
+    if twice := sorted({i for i in pinned if pinned.count(i) > 1}): raise ValueError(f"pins: each layer can be pinned once; {twice} are pinned twice")
+    if len(full) > budget:
+        raise ValueError(f"pins: {len(full)} layers are pinned full {list(full)}, but the budget is {budget}: raise it or unpin some")
+    if len(linear) > num_layers - budget:
+        raise ValueError(f"pins: {len(linear)} of {num_layers} layers are pinned linear {list(linear)}, which leaves fewer than "
+                         f"the budget of {budget}: lower it or unpin some")
+    return full, linear
+
+# %% ../nbs/33_select.ipynb #f7a2d94d
 @dataclass(frozen=True)
 class Selection:
     """The layers that keep full attention: `layers`, sorted, out of `num_layers`.
 
-    `method` chose them, from `scores` (larger = keep; `None` for methods without); `digest` names the gate run they came from."""
+    `method` chose them, from `scores` (larger = keep; `None` for methods without); `digest` names the gate run they came from.
+    Layers in `pinned_full` and `pinned_linear` were decided by hand."""
     layers: tuple[int, ...]
     num_layers: int
     method: str
     scores: tuple[float, ...] | None = None
     digest: str | None = None
+    pinned_full: tuple[int, ...] = ()
+    pinned_linear: tuple[int, ...] = ()
 
     def __post_init__(self):
         layers = tuple(sorted(self.layers))
         bad = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.num_layers]
         if bad or len(set(layers)) < len(layers):
             raise ValueError(f"layers: expected distinct integers from 0 to {self.num_layers - 1}, got {list(self.layers)}")
-        object.__setattr__(self, "layers", layers)
-        if self.scores is not None: object.__setattr__(self, "scores", tuple(float(s) for s in self.scores))
+        full, linear = check_pins(self.pinned_full, self.pinned_linear, self.num_layers, len(layers))
+        if not set(full) <= set(layers) or set(linear) & set(layers):
+            raise ValueError(f"pins: layers {list(layers)} do not agree with pinned_full={list(full)} and pinned_linear={list(linear)}")
+        scores = None if self.scores is None else tuple(float(s) for s in self.scores)
+        self.__dict__.update(layers=layers, scores=scores, pinned_full=full, pinned_linear=linear)          # frozen for everyone else
 
     @property
     def budget(self) -> int: return len(self.layers)
@@ -70,7 +91,12 @@ class Selection:
         return f"{strip}  {self.method}: {self.budget} of {self.num_layers} layers {list(self.layers)}"
 
 # %% ../nbs/33_select.ipynb #be0eb7d8
-def top_k(order: Sequence[int], budget: int, *, method: str, scores: Sequence[float] | None = None, digest: str | None = None) -> Selection:
-    "Keep the first `budget` layers of `order` (most important first). Raises `ValueError` unless 0 <= budget <= L."
+def top_k(order: Sequence[int], budget: int, *, method: str, scores: Sequence[float] | None = None, digest: str | None = None,
+          full: Iterable[int] = (), linear: Iterable[int] = ()) -> Selection:
+    """Keep `budget` layers: those pinned `full`, then the first of `order` (most important first) that are not pinned `linear`.
+
+    Raises `ValueError` unless 0 <= budget <= L, and if the pins do not fit the budget."""
     k = check_budget(budget, len(order))
-    return Selection(tuple(order[:k]), len(order), method, None if scores is None else tuple(scores), digest)
+    full, linear = check_pins(full, linear, len(order), k)
+    free = [i for i in order if i not in full and i not in linear]
+    return Selection((*full, *free[:k - len(full)]), len(order), method, None if scores is None else tuple(scores), digest, full, linear)
