@@ -19,7 +19,8 @@ def shown(cell: dict) -> str:
     if re.search(r"^#\|\s*hide\b", source, re.M): return ""
     code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
     texts = ["".join(o.get("text") or o.get("data", {}).get("text/plain", "")).rstrip() for o in cell["outputs"]]
-    return "\n\n".join([f"```python\n{code}\n```"] + [f"```text\n{t}\n```" for t in texts if t])
+    echo = not re.search(r"^#\|\s*echo:\s*false\b", source, re.M)
+    return "\n\n".join([f"```python\n{code}\n```"] * echo + [f"```text\n{t}\n```" for t in texts if t])
 
 
 if __name__ == "__main__":

@@ -50,11 +50,15 @@ def encode_piece(tokenizer, piece: str, anchor: str = ".") -> list[int]:
 class BookPieces:
     "The sentences of a template as token ids of one tokenizer."
     def __init__(self, tokenizer, template: BookTemplate):
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.fixed = tokenizer, template, dict[str, list[int]]()
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.ends = {encode_piece(tokenizer, " word" + e)[-1] for e in ".!?"}        # tokens that end a sentence
 
-    def __call__(self, name: str, **fill: str) -> list[int]: return encode_piece(self.tokenizer, getattr(self.template, name).format(**fill))
+    def __call__(self, name: str, **fill: str) -> list[int]:
+        piece = getattr(self.template, name).format(**fill)
+        if "words" in fill: return encode_piece(self.tokenizer, piece)
+        if piece not in self.fixed: self.fixed[piece] = encode_piece(self.tokenizer, piece)      # the same in every book
+        return self.fixed[piece]
 
     def shortest(self, keys: int, words_per_key: int, words: list[str]) -> int:
         "Tokens of a book without any background, if every passkey is made of the longest word."
@@ -67,7 +71,7 @@ class BookPieces:
 
     def questions(self, keys: list[str], order: Iterable[int]) -> tuple[list[int], list[int]]:
         "The end of the book: ids, and the number (1..) of the asked passkey on its answer tokens, 0 elsewhere."
-        ids = self("closing")
+        ids = list(self("closing"))
         answers = [0] * len(ids)
         for n in order:
             q, a, s = self("question", ordinal=ordinal(n + 1)), self("answer", words=keys[n]), self("stop")
