@@ -26,11 +26,11 @@ demo: setup  ## the whole conversion on the bundled teacher: a table and report.
 test: setup  ## every check: export in sync, lint, types, notebooks, tests
 	@tests/run.sh
 
-lab: setup  ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab --notebook-dir=nbs
+lab: setup  ## open the notebooks in JupyterLab, at the first tutorial
+	@$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tutorials/01_five_minutes.ipynb
 
-docs: setup  ## render the notebooks as web pages in docs/_build
-	@$(BIN)/jupyter nbconvert --to html --output-dir docs/_build nbs/*.ipynb
+docs: setup  ## the site: notebooks and API as web pages in docs/_build/html
+	@$(BIN)/python docs/build.py && echo 'Open docs/_build/html/index.html'
 
 export: setup  ## write flashmorph/ and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export
