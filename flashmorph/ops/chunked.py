@@ -251,7 +251,8 @@ class _Segmented(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, starts, op, known = ctx.saved_tensors[:ctx.count], ctx.saved_tensors[ctx.count:], ctx.op, {}
+        op, known, saved = ctx.op, {}, ctx.saved_tensors                      # read once: gradient checkpointing unpacks only once
+        tensors, starts = saved[:ctx.count], saved[ctx.count:]
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
         with torch.autocast(do.device.type, enabled=False):
             for (a, b, C), S in zip(reversed(_segments(tensors[0])), reversed(starts)):
