@@ -51,10 +51,10 @@ def test_books_of_any_tokenizer(name):
 
 def test_needles_reach_every_depth():
     "Depths are spread over the whole book."
-    depth = []
-    for book in itertools.islice(passkeys(build_tokenizer(), length=400, keys=1, words_per_key=2), 300):
-        needle = encode_piece(build_tokenizer(), " Remember,")[0] if not depth else needle
-        depth.append((book["input_ids"] == needle).nonzero()[0, 0].item() / 400)
+    tokenizer = build_tokenizer()
+    needle = encode_piece(tokenizer, " Remember,")[0]
+    books = itertools.islice(passkeys(tokenizer, length=400, keys=1, words_per_key=2), 300)
+    depth = [(book["input_ids"] == needle).nonzero()[0, 0].item() / 400 for book in books]
     counts = torch.histc(torch.tensor(depth), 4, 0, 1)
     assert (counts > 30).all(), counts
 
