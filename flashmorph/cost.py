@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from .hosts import attention_modules, mixer_dims, supported_families
 from .hybrid import HybridConfig, check_layers
-from .mixers import MixerDims, make_mixer, mixer_class
+from .mixers import MixerDims, State, make_mixer, mixer_class
 
 # %% ../nbs/41_cost.ipynb #dec18fec
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _MixerCost:
         self.parameters = sum(p.numel() for p in self.mixer.parameters())
         (self.half, _), (self.whole, self.state) = self.run(STRAIGHT // 2), self.run(STRAIGHT)
 
-    def run(self, tokens: int, state: torch.Tensor | None = None) -> tuple[int, torch.Tensor]:
+    def run(self, tokens: int, state: State | None = None) -> tuple[int, State]:
         "FLOPs of `tokens` more tokens of one sequence, and the state after them."
         from torch.utils.flop_counter import FlopCounterMode              # brings triton with it
         d = self.dims
@@ -97,7 +97,7 @@ class _MixerCost:
         "What the mixer adds to a layer for `batch` sequences of `context` tokens."
         if context <= STRAIGHT: flops = self.run(context)[0]
         else: flops = self.whole + (self.whole - self.half) * (context - STRAIGHT) // (STRAIGHT // 2)
-        kept = self.state.numel() * self.state.element_size()
+        kept = sum(x.numel() * x.element_size() for x in (self.state if isinstance(self.state, tuple) else (self.state,)))
         return _Layer(batch * flops, batch * self.run(1, self.state)[0], batch * kept, self.parameters)
 
 # %% ../nbs/41_cost.ipynb #ef5b59b6

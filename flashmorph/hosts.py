@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
-from .mixers import Mixer, MixerDims, make_mixer
+from .mixers import Mixer, MixerDims, State, make_mixer
 
 # %% ../nbs/11_hosts.ipynb #328f5303
 FAMILIES = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe")
@@ -63,13 +63,19 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):                        
         self.seen = 0
 
     @property
-    def state(self) -> Tensor | None: return self.recurrent_states[0]
+    def state(self) -> State | None:
+        "What the mixer handed over: a tensor, or a tuple of two if it remembers recent tokens too."
+        S, recent = self.recurrent_states[0], self.conv_states[0]
+        return S if S is None or recent is None else (S, recent)
 
-    def store(self, state: Tensor, num_tokens: int) -> None:
-        "Replace the state by `state` `(B, H, Dk, Dv)`, which has seen `num_tokens` more tokens."
-        self.recurrent_states[0] = state
-        self.device, self.dtype = state.device, state.dtype                                  # type: ignore[assignment]
+    def store(self, state: State, num_tokens: int) -> None:
+        "Replace the state by `state`, `(B, H, Dk, Dv)` or a tuple of that and another with B rows, which has seen `num_tokens` more tokens."
+        S, *recent = state if isinstance(state, tuple) else (state,)
+        if len(recent) > 1: raise ValueError(f"the cache holds a state of one or two tensors, got {len(recent) + 1}")
+        self.recurrent_states[0], self.conv_states[0] = S, recent[0] if recent else None
+        self.device, self.dtype = S.device, S.dtype                                          # type: ignore[assignment]
         self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = True
+        self.is_conv_states_initialized[0] = bool(recent)
         self.seen += num_tokens
 
     def get_seq_length(self) -> int: return self.seen
@@ -77,7 +83,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):                        
     def batch_repeat_interleave(self, repeats: int) -> None: self._map(lambda state: state.repeat_interleave(repeats, 0))
     def batch_select_indices(self, indices: Tensor) -> None: self._map(lambda state: state[indices])
     def _map(self, f) -> None:
-        if self.state is not None: self.recurrent_states[0] = f(self.state)
+        for kept in (self.recurrent_states, self.conv_states):
+            if kept[0] is not None: kept[0] = f(kept[0])
 
     def reset(self) -> None:
         super().reset()
@@ -131,6 +138,8 @@ class LinearAttention(nn.Module):
         cache = find_cache(kwargs)
         slot = None if cache is None else linear_slot(cache, self.layer_idx)
         kwargs = {name: None if name in CACHE_NAMES else value for name, value in kwargs.items()}
+        if not self.mixer.rope and (rotary := kwargs.get("position_embeddings")) is not None:     # a rotation by nothing
+            kwargs["position_embeddings"] = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
 
         def mixer_call(q, k, v, scale):
             o, state = self.mixer(q, k, v, hidden, scale=scale, mask=linear_mask, state=None if slot is None else slot.state)

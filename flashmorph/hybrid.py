@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from .hosts import attention_modules, hand_mask_down, linear_attention, linear_slot
-from .mixers import mixer_class
+from .mixers import mixer_class, mixer_spec
 from .morph import GatedModel, MorphLayer, share
 
 # %% ../nbs/13_hybrid.ipynb #412e4020
@@ -40,7 +40,7 @@ MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
             "tie_word_embeddings", "initializer_range", "use_cache")
 
 class HybridConfig(PreTrainedConfig):
-    """Configuration of a `HybridForCausalLM`: the `teacher`'s configuration, the name of the `mixer`, and the `full_layers`.
+    """Configuration of a `HybridForCausalLM`: the `teacher`'s configuration, the name of the `mixer` with its options, and the `full_layers`.
 
     Raises `ValueError` for an unknown mixer and for layers that do not exist."""
     model_type = "flashmorph_hybrid"
@@ -55,7 +55,7 @@ class HybridConfig(PreTrainedConfig):
         if self.teacher is None: return                                        # transformers itself makes an empty one
         for name in MIRRORED:
             if hasattr(self.teacher, name): setattr(self, name, getattr(self.teacher, name))
-        mixer_class(self.mixer)
+        self.mixer = mixer_spec(self.mixer)
         self.full_layers = check_layers(self.full_layers, self.num_hidden_layers)
         types = get_layer_types_and_kwargs(self.teacher)[0]
         self.layer_types = [kind if i in self.full_layers else "linear_attention" for i, kind in enumerate(types)]
@@ -94,6 +94,7 @@ class HybridForCausalLM(_Host):
     def __init__(self, config: HybridConfig, host: PreTrainedModel | None = None):
         "A random model of this configuration, or one around a `host` whose layers are linear where they should be."
         super().__init__(config)
+        self._keep_in_fp32_modules_strict = set(mixer_class(config.mixer).float32)               # also when loaded in half precision
         self.host: Any = AutoModelForCausalLM.from_config(config.teacher) if host is None else host
         if host is None:
             for name, attn in attention_modules(self.host):

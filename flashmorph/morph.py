@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from .hosts import LinearAttention, attention_modules, check_host, find_cache, hand_mask_down, linear_attention
-from .mixers import mixer_class
+from .mixers import mixer_spec
 from .ops.reference import compute_dtype
 
 # %% ../nbs/12_morph.ipynb #320095cd
@@ -229,13 +229,14 @@ class MorphableModel(GatedModel):
 # %% ../nbs/12_morph.ipynb #9661f999
 def morph(
     teacher: PreTrainedModel,  # a decoder of a supported family; it is not changed
-    mixer: str = "lightning",  # name of a mixer
+    mixer: str = "lightning",  # name of a mixer, perhaps with options: `gdn(conv=4)`
+    **options: Any,  # options of the mixer, the same as in its name
 ) -> MorphableModel:  # every gate at 1, so equal to the teacher
     """Give every layer of `teacher` a linear branch: a trainable copy of its attention module with `mixer` in place of softmax.
 
     Shares the teacher's tensors; they are frozen in the morphable model. Raises `ValueError` for a family that cannot be converted
-    (naming the supported ones) and for an unknown mixer, `TypeError` for something that is no transformers model."""
-    mixer_class(mixer)
+    (naming the supported ones) and for an unknown mixer or option, `TypeError` for something that is no transformers model."""
+    mixer = mixer_spec(mixer, **options)
     if not isinstance(teacher, PreTrainedModel): raise TypeError(f"teacher should be a transformers model, got {type(teacher).__name__}")
     check_host(teacher)
     host = share(teacher)
