@@ -19,6 +19,14 @@ from flashmorph.select import Selection
 from flashmorph.teacher import load_model, load_teacher
 from flashmorph.text import text
 
-__all__ = ["Callback", "FitConfig", "FitResult", "GateRun", "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel",
-           "Selection", "align", "distill", "evaluate", "finetune", "load_model", "load_teacher", "mixer_names", "morph", "passkeys",
-           "register_mixer", "text", "train_gates", "uniform"]
+
+def __getattr__(name: str):
+    "The widgets, on demand: they need ipywidgets and plotly. No module has their names, so the trouble above cannot befall them."
+    if name not in ("BudgetExplorer", "GateMonitor"): raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flashmorph import widgets
+    return getattr(widgets, name)
+
+
+__all__ = ["BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun", "HybridConfig", "HybridForCausalLM", "Mixer",
+           "Mixture", "MorphableModel", "Selection", "align", "distill", "evaluate", "finetune", "load_model", "load_teacher", "mixer_names",
+           "morph", "passkeys", "register_mixer", "text", "train_gates", "uniform"]
