@@ -248,7 +248,7 @@ class _Run:
     def restore(self) -> dict[str, torch.Tensor]:
         "Load the newest checkpoint, if any, into the weights and the data position; returns its tensors for the optimizer."
         paths = self.checkpoints.paths() if self.checkpoints else []
-        if not paths: return {}
+        if not paths: return self.fresh()                 # killed before its first checkpoint: it may have logged some steps
         tensors, meta = Checkpoints.read(paths[-1])
         _check_settings(paths[-1], meta, self.settings)
         _load_parameters(paths[-1], self.params, tensors)
