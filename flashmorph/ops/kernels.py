@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .reference import check_lightning
+from .reference import check_gdn, check_gla, check_lightning
 
 # %% ../../nbs/02_ops.kernels.ipynb #b982dfc7
 @triton.jit(do_not_specialize=["T", "L"])
@@ -309,8 +309,7 @@ def gla_step(
     """One token of gated linear attention in one launch: `S = exp(log_decay)^T S + k^T v; o = scale q S`. Without gradients.
 
     Each row of the state has a decay of its own (arXiv 2312.06635). Errors as `lightning_step`."""
-    if log_decay.shape != k.shape: raise ValueError(f"log_decay should have shape {tuple(k.shape)}, got {tuple(log_decay.shape)}")
-    return _step(q, k, v, log_decay, None, check_lightning(q, k, v, log_decay[..., 0], scale, state), state, inplace)
+    return _step(q, k, v, log_decay, None, check_gla(q, k, v, log_decay, scale, state), state, inplace)
 
 def gdn_step(
     q: Tensor,  # `(B, 1, H, Dk)` query
@@ -326,6 +325,4 @@ def gdn_step(
     """One token of gated delta net in one launch: `S = exp(log_decay) S; S += beta k^T (v - k S); o = scale q S`. Without gradients.
 
     See arXiv 2412.06464; the key comes normalised. Errors as `lightning_step`."""
-    scale = check_lightning(q, k, v, log_decay, scale, state)
-    if beta.shape != q.shape[:3]: raise ValueError(f"beta should have shape {tuple(q.shape[:3])}, got {tuple(beta.shape)}")
-    return _step(q, k, v, log_decay, beta, scale, state, inplace)
+    return _step(q, k, v, log_decay, beta, check_gdn(q, k, v, log_decay, beta, scale, state), state, inplace)
