@@ -4,7 +4,7 @@ function render({ model, el }) {
   const slider = make("input", { type: "range", min: 0, max: L, step: 1, class: "fm-slider", "aria-label": "budget",
     oninput: e => { model.set("budget", +e.target.value); model.save_changes(); paint(); } });
   const count = make("span", { class: "fm-count" }), chart = make("div", { class: "fm-chart" }), note = make("div", { class: "fm-note", role: "status" });
-  el.append(make("div", { class: "fm fm-compare" }, make("div", { class: "fm-row top" }, make("span", { class: "fm-title", text: "Budget" }), make("div", { class: "fm-grow" }, slider), count), chart, note));
+  el.append(own(make("div", { class: "fm fm-compare" }, make("div", { class: "fm-row top" }, make("span", { class: "fm-title", text: "Budget" }), make("div", { class: "fm-grow" }, slider), count), chart, note)));
   let rows = null, votes = null;
   function build(width) {
     const methods = get("methods"), c = columns(width, L, 104, 120), top = 18, lane = 24, tall = 44, y = n => top + tall + 14 + n * lane, height = y(methods.length) + 16;

@@ -67,7 +67,7 @@ function render({ model, el }) {
     make("div", { class: "fm-row top" }, make("span", { class: "fm-title", text: "Budget" }), make("div", { class: "fm-grow" }, slider), count,
       undoButton, resetButton, live ? commitButton : null),
     chart, note, make("div", { class: "fm-panels" }, get("costs").metrics ? costs : null, live && get("can_measure") || Object.keys(get("recalls")).length ? recall : null));
-  el.append(root);
+  el.append(own(root));
 
   // ---- the chart: gates as bars, this set and those of the others as strips below, one column a layer
   let parts = null;
@@ -139,7 +139,7 @@ function render({ model, el }) {
       put(cell.bar, { class: kind(mask) });
       cell.cut.forEach((r, n) => put(r, { class: masks[n] ? kind(masks[n]) : "linear", opacity: masks[n] ? 1 : 0.25 }));
       put(cell.mark, { d: p === "full" ? `M${cell.at} ${cell.y - s} l${s} ${2 * s} h${-2 * s} z` : p === "linear" ? `M${cell.at - s} ${cell.y - s} h${2 * s} l${-s} ${2 * s} z` : "M0 0" });
-      put(cell.g, { "aria-pressed": on, "aria-label": `layer ${i}, ${get("score_name")} ${get("scores")[i].toFixed(2)}, ${on ? "full attention" : "linear"}${p ? `, pinned ${p}` : ""}` });
+      put(cell.g, { "aria-pressed": String(on), "aria-label": `layer ${i}, ${get("score_name")} ${get("scores")[i].toFixed(2)}, ${on ? "full attention" : "linear"}${p ? `, pinned ${p}` : ""}` });
     });
     masks.forEach((m, n) => {
       const share = m ? [...m].filter((c, i) => c === "1" && mask[i] === "1").length : 0;
@@ -169,7 +169,7 @@ function render({ model, el }) {
     table.append(make("span", { text: m.name, title: m.help }), row.value, make("div", { class: "fm-bar", title: "of the teacher" }, row.fill), row.share);
     return row;
   });
-  table.append(make("span"), make("span"), make("span", { class: "soft", text: "bars: share of the teacher's" }));
+  table.append(make("span", { class: "soft", style: "grid-column: 1 / -1; text-align: right", text: "bars: share of what the teacher needs" }));
   function paintCosts(set) {
     const { metrics, tables } = get("costs"), t = tables[get("context")];
     if (document.activeElement !== field) field.value = get("context").toLocaleString("en");

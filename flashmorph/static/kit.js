@@ -42,7 +42,7 @@ function unpack(text, bytes = 1) {
 
 // Columns of a picture of L layers between a gutter for names and one for remarks.
 function columns(width, L, left = 104, right = 96) {
-  const step = Math.min(40, (width - left - right) / L), gap = step > 12 ? 3 : step > 5 ? 1 : 0;
+  const step = Math.min(64, (width - left - right) / L), gap = step > 12 ? 3 : step > 5 ? 1 : 0;
   return { left, step, width: Math.max(1, step - gap), end: left + step * L, x: i => left + step * i + gap / 2, mid: i => left + step * (i + 0.5) };
 }
 const labelled = (L, step) => { const every = [1, 2, 4, 8, 16].find(e => e * step >= (L > 100 ? 26 : 19)) || 32; return range(L).filter(i => i % every === 0); };
@@ -65,6 +65,9 @@ function follow(model, names, draw) {
   for (const name of names) model.on(`change:${name}`, later);
   return () => { for (const name of names) model.off(`change:${name}`, later); };
 }
+
+// JupyterLab has shortcuts for bare keys (arrows fold, d d deletes a cell): those pressed in a widget are the widget's.
+const own = root => { root.addEventListener("keydown", e => { if (!e.ctrlKey && !e.metaKey && !e.altKey) e.stopPropagation(); }); return root; };
 
 function mount(el, widget, state) {
   const heard = {};

@@ -18,7 +18,7 @@ function render({ model, el }) {
     onchange: e => { model.set("budget", clamp(Math.round(+e.target.value) || 0, 0, get("num_layers"))); model.save_changes(); paint(); } });
   const budgetRow = make("label", { class: "fm-row" }, make("span", { class: "soft", text: "set at budget" }), budget), chosen = make("span", { class: "fm-set" });
   const scrub = make("div", { class: "fm-row" }, play, make("div", { class: "fm-grow" }, slider), budgetRow, chosen);
-  el.append(make("div", { class: "fm fm-monitor" }, make("div", { class: "fm-row" }, status, make("div", { class: "fm-grow" }, make("div", { class: "fm-thin" }, bar)), facts, toggle), chart, scrub, note));
+  el.append(own(make("div", { class: "fm fm-monitor" }, make("div", { class: "fm-row" }, status, make("div", { class: "fm-grow" }, make("div", { class: "fm-thin" }, bar)), facts, toggle), chart, scrub, note)));
 
   const columnsKept = () => get("kept").length, last = () => columnsKept() - 1, here = () => (at === null ? last() : Math.min(at, last()));
   const shownKind = () => kind || (get("num_layers") <= 12 ? "lines" : "heat");
@@ -70,7 +70,7 @@ function render({ model, el }) {
       if (L <= 12) order.forEach((l, place) => {      // a legend that is the ranking
         const ly = top + 6 + place * Math.min(18, tall / L), lx = width - right + 14;
         svg.append(make("line", { x1: lx, x2: lx + 20, y1: ly, y2: ly, stroke: OKABE_ITO[l % 7], "stroke-width": 3, "stroke-dasharray": DASHES[Math.floor(l / 7) % 3] }),
-          make("text", { x: lx + 26, y: ly + 4, text: `${l}   ${named(+shown(value(n, l)).toFixed(3))}`, "font-weight": set.has(l) ? 700 : 400, class: set.has(l) || get("what") !== "gate" ? "" : "soft", style: "white-space: pre" }));
+          make("text", { x: lx + 26, y: ly + 4, text: `${l}   ${get("what") === "gate" ? value(n, l).toFixed(2) : named(shown(value(n, l)))}`, "font-weight": set.has(l) ? 700 : 400, class: set.has(l) || get("what") !== "gate" ? "" : "soft", style: "white-space: pre" }));
         if (set.has(l)) svg.append(make("rect", { class: "full", x: width - 10, y: ly - 5, width: 10, height: 10, rx: 1.5 }));
       });
     } else if (L) {

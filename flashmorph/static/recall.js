@@ -3,7 +3,7 @@ function render({ model, el }) {
   const get = k => model.get(k), grids = get("maps");
   const chart = make("div", { class: "fm-chart" }), note = make("div", { class: "fm-note", role: "status" });
   const tabs = grids.map((g, n) => make("button", { text: g.name, onclick: () => { model.set("shown", n); model.save_changes(); paint(); } }));
-  el.append(make("div", { class: "fm fm-recall-map" }, make("div", { class: "fm-row top" }, make("span", { class: "fm-title", text: "Recall" }), ...(grids.length > 1 ? tabs : [])), chart, note));
+  el.append(own(make("div", { class: "fm fm-recall-map" }, make("div", { class: "fm-row top" }, make("span", { class: "fm-title", text: "Recall" }), ...(grids.length > 1 ? tabs : [])), chart, note)));
   function paint(width = Math.round(chart.clientWidth)) {
     const g = grids[get("shown")], cols = g.lengths.length, rows = g.recall.length, left = 92, right = 64, step = Math.min(96, (width - left - right) / cols), lane = clamp(220 / rows, 16, 34), top = 4, height = top + lane * rows + 40;
     tabs.forEach((t, n) => put(t, { "aria-pressed": n === get("shown") ? "true" : "false" }));

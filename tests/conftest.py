@@ -1,0 +1,5 @@
+"Options of the tests."
+
+
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", metavar="FOLDER", help="also write pictures of the widgets in JupyterLab, to look at")
