@@ -21,7 +21,7 @@ setup: .venv/.ready  ## make .venv with everything in it, at the versions of con
 	@touch $@
 
 demo: setup  ## the whole conversion on the bundled teacher: a table and report.html
-	@$(BIN)/flashmorph demo --overwrite
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/flashmorph demo --overwrite
 
 test: setup  ## every check: export in sync, lint, types, notebooks, tests
 	@tests/run.sh
