@@ -44,9 +44,11 @@ def linked(text: str, path: Path, module: str) -> str:
 
 
 def shown(output: dict, path: Path) -> dict:
-    "An output as the site shows it: figures drawn by site.js, widgets as their static twin."
+    "An output as the site shows it: a widget as its static twin, a figure drawn by site.js."
     data = output.get("data", {})
-    if data.pop(WIDGET, None) and not {PLOTLY, "text/html"} & data.keys(): raise SystemExit(f"{path.name}: a widget without a static twin")
+    if data.pop(WIDGET, None):
+        if not {PLOTLY, "text/html"} & data.keys(): raise SystemExit(f"{path.name}: a widget without a static twin")
+        if "text/html" in data: data.pop(PLOTLY, None)                  # the page of the widget does more than the figure of it
     if PLOTLY in data:
         figure = json.dumps(data[PLOTLY], separators=(",", ":")).replace("</", "<\\/")
         height = data[PLOTLY].get("layout", {}).get("height", 450)

@@ -1,7 +1,4 @@
-"""The built site in a real browser, over http and from files: all of it reachable, nothing broken, nothing asked of anyone else.
-
-Needs Chromium and, for its letters, some fonts: `apt-get update && apt-get install -y --no-install-recommends chromium
-fonts-dejavu-core fonts-liberation`. Without them the tests fail; they are never skipped."""
+"The built site in a real browser, over http and from files: all of it reachable, nothing broken, nothing asked of anyone else."
 import functools
 import html
 import http.server
@@ -15,13 +12,10 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+from browser import chromium, open_page
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "docs/_build/html"
-INSTALL = "apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core fonts-liberation"
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run", "--disable-default-apps", "--disable-extensions"]
-LIMIT = 60_000                                      # milliseconds: for a busy machine
 DRAWN = """n => n === [...document.querySelectorAll('div.figure')].filter(d =>
     d.querySelector('.trace, .hm') && d.querySelector('.cartesianlayer').getBoundingClientRect().width > 99).length"""
 pytestmark = pytest.mark.browser
@@ -37,13 +31,7 @@ def site() -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, f"no chromium: {INSTALL}"
-    with sync_playwright() as p:
-        launched = p.chromium.launch(executable_path=chromium, args=QUIET)
-        yield launched
-        launched.close()
+    with chromium() as b: yield b
 
 
 @pytest.fixture(params=["http", "file"])
@@ -60,23 +48,12 @@ def address(request, site) -> Iterator[str]:
 
 @pytest.fixture
 def tab(browser, address):
-    "A page that records what goes wrong on it and what it asks of other machines, which it does not get."
-    context = browser.new_context(viewport={"width": 1440, "height": 1000})
-    page = context.new_page()
-    page.trouble = []
-    def guard(route):
-        url = route.request.url
-        if url.startswith((address, "data:", "blob:")): return route.continue_()
-        page.trouble.append(f"request to {url}")
-        route.abort()
-    context.route("**/*", guard)
-    page.on("console", lambda m: page.trouble.append(f"console: {m.text}") if m.type == "error" else None)
-    page.on("pageerror", lambda e: page.trouble.append(f"error: {e}"))
-    page.on("response", lambda r: page.trouble.append(f"{r.status} for {r.url}") if r.status >= 400 else None)
-    page.set_default_timeout(LIMIT)
+    "A page on which nothing may go wrong, and that may ask nothing of other machines."
+    page = open_page(browser, width=1440)
+    page.on("response", lambda r: page.problems.append(f"{r.status} for {r.url}") if r.status >= 400 else None)
     yield page
-    context.close()
-    assert not page.trouble
+    page.context.close()
+    assert not page.problems
 
 
 def links(page: Path) -> tuple[set[str], set[str]]:
@@ -127,7 +104,7 @@ def test_every_page_shows_without_trouble_and_draws_its_figures(site, tab, addre
         figures = path.read_text(encoding="utf-8").count('<div class="figure"')
         tab.goto(address + path.relative_to(site).as_posix())
         tab.wait_for_function(DRAWN, arg=figures)
-        assert not tab.trouble, path.name
+        assert not tab.problems, path.name
         drawn += figures
     assert drawn > 0
 
@@ -142,6 +119,20 @@ def test_search_finds_a_symbol_and_its_description(tab, address):
     tab.fill("input.sidebar-search", "morphable")
     tab.press("input.sidebar-search", "Enter")
     tab.wait_for_selector("#search-results li a")
+
+
+def test_the_explorer_on_the_site_moves_its_selection(tab, address):
+    "The static twin: no kernel, and still a slider that chooses layers and counts what they cost."
+    def costs(): return tab.locator(".fm-explorer .fm-value").all_inner_texts()
+    bars = "n => document.querySelectorAll('.fm-explorer g[data-layer] rect.full[data-row=\"0\"]').length === n"
+    tab.goto(address + "tutorials/budget.html")
+    tab.locator(".fm-explorer .fm-slider").first.focus()
+    tab.keyboard.press("Home")
+    tab.wait_for_function(bars, arg=0)
+    cheapest = costs()
+    for _ in range(4): tab.keyboard.press("ArrowRight")
+    tab.wait_for_function(bars, arg=4)
+    assert cheapest and costs() != cheapest
 
 
 def test_both_themes_change_the_page(tab, address):
