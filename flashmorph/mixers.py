@@ -100,7 +100,8 @@ def parse_mixer(spec: str) -> tuple[type[Mixer], dict[str, Any]]:
     name = found[1] if found else spec
     if name not in MIXERS: raise ValueError(f"unknown mixer {name!r}{_did_you_mean(name, mixer_names())}")
     try:
-        call: Any = ast.parse(f"f({found[2] or ''})", mode="eval").body             # type: ignore[index]
+        tree: Any = ast.parse(f"f({(found and found[2]) or ''})", mode="eval")
+        call = tree.body
         if call.args: raise ValueError
         options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError): raise ValueError(f"mixer {spec!r}: options are written like {name}(conv=4, rope=False)") from None

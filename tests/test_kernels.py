@@ -63,9 +63,9 @@ def test_is_the_recurrence(T, dtype, with_state): check(inputs(T, dtype, with_st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("T", [65, 130, 192])
-def test_in_segments(T, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "segment_length", lambda k, v: 64)
+@pytest.mark.parametrize("T, L", [(65, 64), (192, 64), (300, 128)])
+def test_in_segments(T, L, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "segment_length", lambda k, v: L)
     check(inputs(T, dtype), TOL[dtype])
     check(inputs(T, dtype, with_state=False), TOL[dtype])
 

@@ -239,7 +239,8 @@ class _Segmented(torch.autograd.Function):
     "`apply(op, scale, state, q, k, v, log_decay, ...)` -> output, final state. Keeps the inputs and the state before each segment."
     @staticmethod
     def forward(ctx, op: _Op, scale: float, S: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        out, starts, known = torch.empty_like(tensors[2], memory_format=torch.contiguous_format), [], {}
+        known: dict[tuple[int, int], Any] = {}
+        out, starts = torch.empty_like(tensors[2], memory_format=torch.contiguous_format), []
         for a, b, C in _segments(tensors[0]):
             starts.append(S)
             o, S = op.forward(*_inputs(op, tensors, a, b, C, S.dtype, known), scale, S)
@@ -251,7 +252,8 @@ class _Segmented(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
-        op, known, saved = ctx.op, {}, ctx.saved_tensors                      # read once: gradient checkpointing unpacks only once
+        known: dict[tuple[int, int], Any] = {}
+        op, saved = ctx.op, ctx.saved_tensors                      # read once: gradient checkpointing unpacks only once
         tensors, starts = saved[:ctx.count], saved[ctx.count:]
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
         with torch.autocast(do.device.type, enabled=False):

@@ -1,0 +1,164 @@
+"Every mixer, plain and with options, through what a conversion does with it; and a mixer of one's own."
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from families import close, shake, teacher, tokens
+from flashmorph.align import align
+from flashmorph.cost import cost
+from flashmorph.gates import train_gates
+from flashmorph.hybrid import HybridConfig, commit
+from flashmorph.mixers import MIXERS, Mixer, MixerDims, make_mixer, mixer_spec, register_mixer, repeat_heads
+from flashmorph.morph import morph
+
+SPECS = ("lightning", "gla", "gdn", "lightning(conv=2)", "gdn(conv=3, rope=False)")
+every = pytest.mark.parametrize("spec", SPECS)
+new = pytest.mark.parametrize("spec", SPECS[1:])
+GREEDY = dict(do_sample=False, eos_token_id=None)
+
+
+def morphed(spec, name="qwen3"):
+    model = morph(teacher(name), spec)
+    for layer in model.layers: shake(layer.linear, 0.1)
+    return model
+
+
+def logits(model, ids, mask=None):
+    with torch.no_grad(): return model(ids, attention_mask=mask, use_cache=False).logits
+
+
+@every
+def test_corners_and_padding(spec):
+    model, (ids, mask) = morphed(spec), tokens(pad=5)
+    assert torch.equal(logits(model, ids, mask), logits(teacher("qwen3"), ids, mask))
+    model.gates = [1, 0, 0, 1]
+    h = commit(model, [0, 3])
+    assert torch.equal(logits(h, ids, mask), logits(model, ids, mask)) and h.config.mixer == model.mixer == spec
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)                          # decays per channel and convolutions do not commute with rotations
+    with torch.no_grad(): padded = h(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    close(padded[:1, 5:], logits(h, ids[:1, 5:]), 1e-4)
+
+
+@new
+@pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "gpt2", "gemma3_text", "phi3"])
+def test_generate(spec, name):
+    "With a cache as without; beams; a padded batch as alone; chunked prefill."
+    h, (ids, mask) = commit(morphed(spec, name), [1]), tokens(T=11, pad=4)
+    kw = dict(attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    a, b = h.generate(ids, use_cache=True, **kw), h.generate(ids, use_cache=False, **kw)
+    assert torch.equal(a.sequences, b.sequences)
+    close(torch.stack(a.logits), torch.stack(b.logits), 2e-4)
+    alone = h.generate(ids[:1, 4:], max_new_tokens=12, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    close(torch.stack(a.logits)[:, :1], torch.stack(alone.logits), 5e-4)
+    beams = dict(attention_mask=mask, max_new_tokens=6, num_beams=3, num_return_sequences=2, **GREEDY)
+    assert torch.equal(h.generate(ids, use_cache=True, **beams), h.generate(ids, use_cache=False, **beams))
+
+    positions, cache, parts = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(), []
+    for i, j in ((0, 2), (2, 6), (6, 7), (7, 11)):                                           # cuts inside the padding too
+        with torch.no_grad(): parts.append(h(ids[:, i:j], attention_mask=mask[:, :j], position_ids=positions[:, i:j], past_key_values=cache).logits)
+    with torch.no_grad(): whole = h(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], 2e-4)
+
+
+@new
+def test_files(spec, tmp_path):
+    "Options and weights come back; in bfloat16 the rates stay float32, through casting, saving and loading."
+    h, (ids, mask) = commit(morphed(spec), [1]), tokens(pad=3)
+    h.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.config.mixer == spec and torch.equal(logits(again, ids, mask), logits(h, ids, mask))
+    rates = {n: p.clone() for n, p in h.named_parameters() if n.split(".")[-1] in ("A_log", "dt_bias")}
+    assert len(rates) == (6 if spec.startswith("gdn") else 0)
+    low = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    low.save_pretrained(tmp_path / "b")
+    for model in (low, h.bfloat16(), AutoModelForCausalLM.from_pretrained(tmp_path / "b"), morph(teacher("qwen3").bfloat16(), spec)):
+        names = {n for n, p in model.named_parameters() if p.dtype == torch.float32 and not n.endswith("alpha")}
+        assert {n.split(".")[-1] for n in names} == ({"A_log", "dt_bias"} if rates else set())
+        assert logits(model, ids, mask).isfinite().all()
+    assert all(torch.equal(p, low.get_parameter(n)) and torch.equal(p, h.get_parameter(n)) for n, p in rates.items())
+    assert low.dtype == torch.bfloat16
+
+
+@new
+def test_gradients(spec):
+    "Every parameter of a mixer learns from the start, gradient checkpointing changes nothing, and it compiles into one graph."
+    model, (ids, mask) = morph(teacher("qwen3"), spec), tokens(pad=3)
+    model.alignment_losses(ids, mask).sum().backward()
+    asleep = {n.split("mixer.")[-1] for layer in model.layers for n, p in layer.linear.named_parameters() if p.grad is None or not p.grad.any()}
+    assert asleep <= {"decay_in.weight"}                                                    # behind a zero matrix for one step
+    h = commit(morphed(spec), [1]).train()
+    batch = dict(attention_mask=mask, labels=ids, use_cache=False)
+    plain = torch.autograd.grad(h(ids, **batch).loss, list(h.parameters()))
+    h.gradient_checkpointing_enable()
+    for a, b in zip(plain, torch.autograd.grad(h(ids, **batch).loss, list(h.parameters()))): close(a, b)
+    h.gradient_checkpointing_disable()
+    compiled = torch.compile(h, backend="aot_eager", fullgraph=True)(ids, **batch).loss
+    for a, b in zip(plain, torch.autograd.grad(compiled, list(h.parameters()))): close(a, b, 1e-4)
+    torch._dynamo.reset()
+
+
+@new
+def test_cost(spec):
+    c = teacher("qwen3").config
+    few, many = (cost(c, layers, context=1000, mixer=spec) for layers in ([0], [0, 1, 2]))
+    assert few != many and few == cost(c, [0], context=1000, mixer=mixer_spec(spec))
+
+
+def test_options():
+    assert HybridConfig(teacher=teacher("qwen3").config, mixer="gdn( rope=False,conv=4)", full_layers=[0]).mixer == "gdn(conv=4, rope=False)"
+    assert morph(teacher("qwen3"), "gdn(conv=4)", conv=2).mixer == "gdn(conv=2)"
+    for wrong, word in (("gdn(cnv=4)", "did you mean 'conv'"), ("gdm", "did you mean 'gdn'"), ("gdn(conv=1)", "2 or more"), ("gdn(conv", "unknown")):
+        with pytest.raises(ValueError, match=word): morph(teacher("qwen3"), wrong)
+
+
+@pytest.fixture
+def mean():
+    "A mixer of ten lines, as a user would write it."
+    @register_mixer("mean")
+    class RunningMean(Mixer):
+        def __init__(self, dims):
+            super().__init__(dims)
+            self.weight = torch.nn.Parameter(torch.zeros(dims.num_heads, dims.head_dim))
+
+        def forward(self, q, k, v, hidden, *, scale, mask=None, state=None):
+            k, v = repeat_heads(k, q.shape[2]).float(), repeat_heads(v, q.shape[2]).float()
+            w = (k * self.weight).sum(-1, keepdim=True).exp()
+            if mask is not None: w = w * mask[..., None, None]
+            total = torch.cat([w * v, w], -1).cumsum(1) + (0 if state is None else state.transpose(1, 2))
+            return (total[..., :-1] / total[..., -1:].clamp(min=1e-6)).to(v.dtype), total[:, -1:].transpose(1, 2)
+    yield "mean"
+    del MIXERS["mean"]
+
+
+def test_a_mixer_of_ones_own(mean, tmp_path):
+    "Through alignment, gates, selection, commit, a file, and generation."
+    t = teacher("qwen3")
+    model, rows = morph(t, mean), [dict(input_ids=torch.randint(3, 97, (24,))) for _ in range(64)]
+    ids, mask = tokens(pad=4)
+    with torch.no_grad(): before = model.alignment_losses(seen := torch.stack([row["input_ids"] for row in rows]), relative=True)
+    align(model, rows, steps=30, batch_size=4, lr=1e-2, warmup=2, progress=False)
+    with torch.no_grad(): assert model.alignment_losses(seen, relative=True).mean() < before.mean()
+    books = [row | dict(answers=torch.arange(24) >= 20) for row in rows]
+    run = train_gates(model, books, steps=6, batch_size=2, progress=False)
+    assert (model.gates < 1).any()
+    h = model.commit(run.select(budget=1))
+    h.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    kw = dict(attention_mask=mask, max_new_tokens=8, **GREEDY)
+    assert torch.equal(again.generate(ids, **kw), h.generate(ids, use_cache=False, **kw))
+    with torch.no_grad(): padded = again(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False).logits
+    close(padded[:1, 4:], logits(again, ids[:1, 4:]), 1e-4)
+
+
+def test_more_than_two_states_are_refused():
+    from flashmorph.hosts import StateLayer
+    with pytest.raises(ValueError, match="one or two tensors"): StateLayer().store((torch.zeros(1),) * 3, 1)
+
+
+def test_rates_follow_the_device_but_not_the_dtype():
+    mixer = make_mixer("gdn", MixerDims(8, 2, 1, 4, 4))
+    mixer.A_log.grad = torch.ones(2)
+    mixer.to("meta").half()
+    assert mixer.A_log.dtype == mixer.A_log.grad.dtype == torch.float32 and mixer.A_log.device.type == "meta" and mixer.a.weight.dtype == torch.float16
+    mixer.to_empty(device="cpu").double()
+    assert mixer.A_log.dtype == torch.float64
