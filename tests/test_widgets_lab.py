@@ -147,7 +147,8 @@ def test_a_reopened_notebook(browser, lab):
     page = open_page(browser)
     LabPage(page, address(TUTORIAL.name)).open()
     page.wait_for_selector(".js-plotly-plot .slider-rail-touch-rect")
-    colors = "() => [...document.querySelector('.js-plotly-plot:has(.slider-rail-touch-rect)').querySelectorAll('.bars .point path')].map(p => getComputedStyle(p).fill)"
+    colors = """() => [...document.querySelector('.js-plotly-plot:has(.slider-rail-touch-rect)').querySelectorAll('.bars .point path')]
+        .map(p => getComputedStyle(p).fill)"""
     page.locator(".js-plotly-plot .slider-rail-touch-rect").scroll_into_view_if_needed()
     before, box = page.evaluate(colors), page.locator(".js-plotly-plot .slider-rail-touch-rect").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] / 2)

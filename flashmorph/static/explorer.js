@@ -202,7 +202,8 @@ function render({ model, el }) {
     const lines = [{ name: "gates", sets: range(L + 1).map(b => maskOf(get("order").slice(0, b), L)) }, ...others()], drawn = new Set();
     lines.forEach((line, n) => {
       const color = n ? OKABE_ITO[n % 7] : "var(--fm-full)", points = line.sets.flatMap((m, b) => (m && recallOf(m) ? [[b, recallOf(m).recall, m]] : []));
-      if (points.length > 1) svg.append(make("path", { d: "M" + points.map(([b, v]) => `${x(b)} ${y(v)}`).join("L"), stroke: color, "stroke-width": 2, fill: "none" }));
+      const path = points.map(([b, v], i) => `${i && points[i - 1][0] === b - 1 ? "L" : "M"}${x(b)} ${y(v)}`).join("");      // no line over budgets not measured
+      svg.append(make("path", { d: path || "M0 0", stroke: color, "stroke-width": 2, fill: "none" }));
       for (const [b, v, m] of points) { drawn.add(m); svg.append(make("circle", { cx: x(b), cy: y(v), r: 3.5, fill: color }, make("title", { text: `${line.name}, budget ${b}: ${percent(v, 1)} in layers ${layersOf(m).join(", ") || "none"}` }))); }
     });
     for (const m of Object.keys(get("recalls"))) if (!drawn.has(m)) svg.append(make("circle", { cx: x(layersOf(m).length), cy: y(recallOf(m).recall), r: 3.5, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }, make("title", { text: `by hand, layers ${layersOf(m).join(", ")}: ${percent(recallOf(m).recall, 1)}` })));

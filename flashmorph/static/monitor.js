@@ -58,7 +58,7 @@ function render({ model, el }) {
     const left = 58, right = L && L <= 12 ? 116 : 40, x0 = kept[0], x1 = Math.max(kept[N - 1], get("running") ? get("total") : 0, x0 + 1);
     const x = s => left + (width - left - right) * (s - x0) / (x1 - x0), value = (i, l) => values[i * L + l] / 255;
     const shown = v => { const raw = low + v * (high - low); return log ? 10 ** raw : raw; };
-    const tall = L ? (shownKind() === "lines" ? 220 : clamp(6 * L, 150, 330)) : 0, top = 12, y = v => top + tall * (1 - v), under = L ? top + tall + 20 : top, deep = L ? 84 : 200, height = under + deep + 22;
+    const tall = L ? (shownKind() === "lines" ? 220 : clamp(6 * L, 150, 330)) : 0, top = 12, y = v => top + tall * (1 - v), under = L ? top + tall + 28 : top + 14, deep = L ? 84 : 200, height = under + deep + 22;
     const svg = make("svg", { height, viewBox: `0 0 ${width} ${height}` }), now = kept[n];
     const named = v => (Math.abs(v) >= 100 ? v.toFixed(0) : Math.abs(v) >= 0.01 ? v.toPrecision(2) : v === 0 ? "0" : v.toExponential(0));
     if (L && shownKind() === "lines") {
@@ -86,12 +86,12 @@ function render({ model, el }) {
     const curves = Object.entries(get("losses")), all = curves.flatMap(([, v]) => v).filter(v => v !== null), lo = Math.min(...all), hi = Math.max(...all);
     if (all.length) {
       const ly = v => under + 6 + (deep - 6) * (hi > lo ? (hi - v) / (hi - lo) : 0.5);
-      for (const v of hi > lo ? [lo, hi] : [lo]) svg.append(make("line", { class: "grid", x1: left, x2: width - right, y1: ly(v), y2: ly(v) }), make("text", { class: "soft", x: left - 8, y: ly(v) + 4, "text-anchor": "end", text: v.toPrecision(2) }));
+      for (const v of hi > lo ? [lo, hi] : [lo]) svg.append(make("line", { class: "grid", x1: left, x2: width - right, y1: ly(v), y2: ly(v) }), make("text", { class: "soft", x: left - 8, y: ly(v) + 4, "text-anchor": "end", text: named(v) }));
       curves.forEach(([name, v], c) => {
         let pen = "M";
         const path = v.map((z, i) => { if (z === null) { pen = "M"; return ""; } const d = `${pen}${x(kept[i]).toFixed(1)} ${ly(z).toFixed(1)}`; pen = "L"; return d; }).join("");
         svg.append(make("path", { d: path, fill: "none", stroke: c ? OKABE_ITO[1] : "currentColor", "stroke-width": 1.6 }));
-        svg.append(make("text", { x: width - right - 6, y: under + 18 + 15 * c, "text-anchor": "end", style: c ? `fill: ${OKABE_ITO[1]}` : "", text: `${name} ${v[n] === null || v[n] === undefined ? "—" : v[n].toPrecision(3)}` }));
+        svg.append(make("text", { x: left + 6 + 110 * c, y: under - 1, style: c ? `fill: ${OKABE_ITO[1]}` : "", text: `${name} ${v[n] === null || v[n] === undefined ? "—" : v[n].toPrecision(3)}` }));
       });
       svg.append(make("text", { x: 0, y: under + deep / 2, transform: `rotate(-90 10 ${under + deep / 2})`, "text-anchor": "middle", text: "loss" }));
     }
