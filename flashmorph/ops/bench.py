@@ -72,6 +72,7 @@ def _seconds(call: Callable[[], Any], cuda: bool) -> float:
     if cuda: torch.cuda.synchronize()
     return time.perf_counter() - start
 
+# %% ../../nbs/05_ops.bench.ipynb #37920e3d
 def peak_bytes(call: Callable[[], Any], cuda: bool = False) -> int:
     "The most that `call()` had allocated at once, beyond what was there before."
     if cuda:
@@ -115,6 +116,7 @@ def _rows(op: str, T: int, backward: bool, repeats: int, ceiling: dict[str, floa
                      "ratio": round(ratio, 3), "peak_mib": round(memory[name] / 2**20, 2), "share": None if name == "sdpa" else round(least / median, 3)})
     return rows
 
+# %% ../../nbs/05_ops.bench.ipynb #261ce33c
 def bench_ops(
     ops: Iterable[str] = ("lightning", "gla", "gdn"),  # which ops
     lengths: Iterable[int] = (512, 4096, 16384),  # which T

@@ -289,6 +289,7 @@ def lightning(
     scale = check_lightning(q, k, v, log_decay, scale, state)
     return _run(_Op(chunk_decays, _lightning, _lightning_back), scale, state, q, k, v, log_decay)
 
+# %% ../../nbs/01_ops.chunked.ipynb #4d7a020d
 def gla(
     q: Tensor,  # `(B, T, H, Dk)` queries
     k: Tensor,  # `(B, T, H, Dk)` keys
@@ -304,6 +305,7 @@ def gla(
     scale = check_gla(q, k, v, log_decay, scale, state)
     return _run(_Op(torch.exp, _gla, _gla_back), scale, state, q, k, v, log_decay)
 
+# %% ../../nbs/01_ops.chunked.ipynb #d491eadd
 def gdn(
     q: Tensor,  # `(B, T, H, Dk)` queries
     k: Tensor,  # `(B, T, H, Dk)` keys, of length 1 (not checked)
