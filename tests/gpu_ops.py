@@ -2,7 +2,7 @@
 
     python tests/gpu_ops.py [--json FILE] [--sweep] [--no-checks]
 
-A script, not collected by pytest. **It has not been run on a GPU yet**: whatever `BLOCKS` and `segment_length` say rests on arithmetic
+A script, not collected by pytest; the checks compile some hundred kernels, which takes minutes. **It has not been run on a GPU yet**: whatever `BLOCKS` and `segment_length` say rests on arithmetic
 and on the assembler's report. `--sweep` times other block sizes and numbers of segments, to fill them in from measurement.
 Each time is a median by device events with the L2 cache emptied in between; `share` is the least time that bytes or arithmetic
 allow at the rates measured here, over the time taken."""
@@ -46,9 +46,9 @@ def poisoned(form, *args, **kwargs):
 
 def check_lightning(device, lengths=(1, 2, 63, 64, 65, 257, 1000), widths=((16, 16), (32, 64), (64, 64), (128, 128), (128, 64), (256, 256), (20, 80))):
     "Worst relative error of anything, for each dtype, with one segment and with many."
-    worst, rule, g = {}, kernels.segment_length, torch.tensor([0., -0.3, -20., -1000.], device=device)
+    worst, rule, g = {}, kernels.segment_length, torch.tensor([0., -0.02, -20., -1000.], device=device)
     for dtype, (Dk, Dv), T, with_state in itertools.product(TOL, widths, lengths, (False, True)):
-        if T > 65 and (Dk, Dv) not in widths[3:4]: continue
+        if T > 65 and (Dk, Dv) != (128, 128) or dtype == torch.float16 and Dk not in (16, 64, 128): continue  # compiling takes its time, too
         x = [torch.randn(2, T, 4, D, device=device).to(dtype) for D in (Dk, Dk, Dv)] + [g, torch.randn(2, 4, Dk, Dv, device=device) if with_state else None]
         truth = results(reference.lightning, *(None if t is None else t.double() for t in x))
         for L in (None, 64):
