@@ -2,11 +2,10 @@
 
     python tests/gpu_ops.py [--json FILE] [--sweep] [--no-checks]
 
-A script, not collected by pytest; the checks compile some hundred kernels, which takes minutes. **It has not been run
-on a GPU yet**: whatever `BLOCKS` and `segment_length` say rests on arithmetic
-and on the assembler's report. `--sweep` times other block sizes and numbers of segments, to fill them in from measurement.
-Each time is a median by device events with the L2 cache emptied in between; `share` is the least time that bytes or arithmetic
-allow at the rates measured here, over the time taken."""
+A script, not collected by pytest; the checks compile some hundred kernels, which takes minutes. **It has not been run on a GPU yet**:
+what `BLOCKS` and `segment_length` say rests on arithmetic and on the assembler's report. `--sweep` times other block sizes and numbers of
+segments, to fill them in from measurement. Each time is a median by device events with the L2 cache emptied in between; `share` is the least
+time that bytes or arithmetic allow at the rates measured here, over the time taken."""
 import argparse
 import functools
 import itertools
