@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from .hosts import attention_modules, mixer_dims, supported_families
+from .hosts import attention_modules, linear_attention, mixer_dims, supported_families
 from .hybrid import HybridConfig, check_layers
 from .mixers import MixerDims, State, make_mixer, mixer_class
 
@@ -77,10 +77,10 @@ class _Layer(NamedTuple):
 STRAIGHT = 256     # tokens up to which a mixer is really run
 
 class _MixerCost:
-    "Parameters, state and FLOPs of one mixer of the given size, found by running it on zeros."
-    def __init__(self, name: str, dims: MixerDims):
-        self.dims, self.mixer = dims, make_mixer(name, dims)
-        self.parameters = sum(p.numel() for p in self.mixer.parameters())
+    "Parameters, state and FLOPs of one mixer of the given size, found by running it on zeros. `grown`: projections' (parameters, matrix weights) on top."
+    def __init__(self, name: str, dims: MixerDims, grown: tuple[int, int] = (0, 0)):
+        self.dims, self.mixer, self.grown = dims, make_mixer(name, dims), grown[1]
+        self.parameters = sum(p.numel() for p in self.mixer.parameters()) + grown[0]
         (self.half, _), (self.whole, self.state) = self.run(STRAIGHT // 2), self.run(STRAIGHT)
 
     def run(self, tokens: int, state: State | None = None) -> tuple[int, State]:
@@ -98,7 +98,16 @@ class _MixerCost:
         if context <= STRAIGHT: flops = self.run(context)[0]
         else: flops = self.whole + (self.whole - self.half) * (context - STRAIGHT) // (STRAIGHT // 2)
         kept = sum(x.numel() * x.element_size() for x in (self.state if isinstance(self.state, tuple) else (self.state,)))
-        return _Layer(batch * flops, batch * self.run(1, self.state)[0], batch * kept, self.parameters)
+        flops, step = flops + 2 * context * self.grown, self.run(1, self.state)[0] + 2 * self.grown
+        return _Layer(batch * flops, batch * step, batch * kept, self.parameters)
+
+    @classmethod
+    def of(cls, name: str, attn: nn.Module, config: PreTrainedConfig) -> "_MixerCost":
+        "That of a linear branch made from `attn`, which is on the meta device."
+        with torch.device("meta"): branch = linear_attention(copy.deepcopy(attn), name, config)
+        def sizes(module): return [(p.numel(), p.numel() * (p.ndim == 2)) for p in module.parameters()]
+        after, before = (tuple(map(sum, zip(*sizes(m)))) for m in (branch.attn, attn))
+        return cls(name, branch.mixer.dims, (after[0] - before[0], after[1] - before[1]))
 
 # %% ../nbs/41_cost.ipynb #ef5b59b6
 def _visible_pairs(context: int, window: int | None) -> int:
@@ -129,20 +138,22 @@ def _linear_layers(mixers: list[_MixerCost], context: int, batch: int) -> list[_
 class CostModel:
     """Counts the hybrids of a model configuration and a mixer; `CostModel(config)(layers, context=...)` is a `Cost`.
 
-    No weights are loaded or made. Raises `ValueError` for a family that cannot be converted and for an unknown mixer."""
-    def __init__(self, config: PreTrainedConfig, mixer: str = "lightning"):
-        mixer_class(mixer)
-        teacher: Any = config.teacher if isinstance(config, HybridConfig) else config
-        self.config, self.mixer = copy.deepcopy(teacher), mixer
+    `mixer` is by default that of a hybrid's configuration, and otherwise `lightning`. No weights are loaded or made.
+    Raises `ValueError` for a family that cannot be converted and for an unknown mixer."""
+    def __init__(self, config: PreTrainedConfig, mixer: str | None = None):
+        own = isinstance(config, HybridConfig)
+        self.config, self.mixer = copy.deepcopy(config.teacher if own else config), mixer or (config.mixer if own else "lightning")
+        mixer_class(self.mixer)
         try:
             with torch.device("meta"): model = AutoModelForCausalLM.from_config(self.config)
         except ValueError as e:
             kind = getattr(config, "model_type", type(config).__name__)
             families = ", ".join(supported_families())
             raise ValueError(f"{kind!r} is no decoder that transformers can build. Supported families: {families}") from e
-        self.dims = [mixer_dims(attn, model.config) for _, attn in attention_modules(model)]
+        attention = [attn for _, attn in attention_modules(model)]
+        self.dims = [mixer_dims(attn, model.config) for attn in attention]
         shapes = [replace(d, layer_idx=0) for d in self.dims]
-        built = {shape: _MixerCost(mixer, shape) for shape in set(shapes)}
+        built = {shape: _MixerCost.of(self.mixer, attn, model.config) for shape, attn in dict(zip(shapes, attention)).items()}
         self.mixers, self.weights = [built[shape] for shape in shapes], _Weights.of(model)
         self._layers: dict[Any, tuple[list[_Layer], list[_Layer]]] = {}
 
@@ -170,13 +181,13 @@ class CostModel:
                     decode_bytes=(w.read(batch) + added) * dtype.itemsize + kept)
 
 # %% ../nbs/41_cost.ipynb #d5ae9243
-def cost(config: PreTrainedConfig, full_layers: Iterable[int] | Any, *, context: int, mixer: str = "lightning", batch: int = 1,
+def cost(config: PreTrainedConfig, full_layers: Iterable[int] | Any, *, context: int, mixer: str | None = None, batch: int = 1,
          dtype: torch.dtype = torch.bfloat16) -> Cost:
     "The `Cost` of one hybrid: see `CostModel`, which is what to keep for more than one."
     return CostModel(config, mixer)(full_layers, context=context, batch=batch, dtype=dtype)
 
 
-def budget_costs(config: PreTrainedConfig, order: Sequence[int], *, context: int, mixer: str = "lightning", batch: int = 1,
+def budget_costs(config: PreTrainedConfig, order: Sequence[int], *, context: int, mixer: str | None = None, batch: int = 1,
                  dtype: torch.dtype = torch.bfloat16) -> list[Cost]:
     "The costs of keeping the first 0, 1, ..., L layers of `order` (most important first, as `GateRun.order` gives them): L + 1 of them."
     model = CostModel(config, mixer)

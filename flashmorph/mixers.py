@@ -46,6 +46,7 @@ class Mixer(nn.Module):
     - it has no buffers: constants are computed in `forward` (a buffer that is not saved would be garbage after a meta-device load)."""
     float32: ClassVar[tuple[str, ...]] = ()          # parameters of this class that stay float32 in a half precision model
     rope = True                                      # False: the layer does not rotate queries and keys
+    expand_kv = False                                # True: the layer has a key and a value head for each query head
 
     def __init__(self, dims: MixerDims):
         super().__init__()
@@ -183,9 +184,9 @@ class StateMixer(Mixer):
     "What `lightning`, `gla` and `gdn` have in common; a subclass says how to `mix`."
     norm_per_head = True
 
-    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True):
+    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True, expand_kv: bool = False):
         super().__init__(dims)
-        self.rope = rope
+        self.rope, self.expand_kv = rope, expand_kv
         self.norm = GatedNorm(dims.hidden_size, dims.num_heads * dims.value_dim, dims.num_heads if self.norm_per_head else 1)
         self.sizes = [dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim, dims.num_kv_heads * dims.value_dim]
         self.conv = ShortConv(sum(self.sizes), conv) if conv else None
@@ -219,8 +220,8 @@ class Lightning(StateMixer):
 @register_mixer("gla")
 class GLA(StateMixer):
     "Gated linear attention (arXiv 2312.06635): each token chooses a decay per channel; norm per head, output gate."
-    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True):
-        super().__init__(dims, conv=conv, rope=rope)
+    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True, expand_kv: bool = False):
+        super().__init__(dims, conv=conv, rope=rope, expand_kv=expand_kv)
         self.decay_in = nn.Linear(dims.hidden_size, 16, bias=False)
         self.decay = nn.Linear(16, dims.num_heads * dims.head_dim)
         nn.init.zeros_(self.decay.weight)
@@ -238,8 +239,8 @@ class GDN(StateMixer):
     "Gated DeltaNet (arXiv 2412.06464): a decay and a writing strength per token and head; norm per head, output gate."
     float32 = ("A_log", "dt_bias")
 
-    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True):
-        super().__init__(dims, conv=conv, rope=rope)
+    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True, expand_kv: bool = False):
+        super().__init__(dims, conv=conv, rope=rope, expand_kv=expand_kv)
         self.a, self.b = (nn.Linear(dims.hidden_size, dims.num_heads, bias=False) for _ in range(2))
         for linear in (self.a, self.b): nn.init.zeros_(linear.weight)
         self.A_log = nn.Parameter(torch.zeros(dims.num_heads, dtype=torch.float32))

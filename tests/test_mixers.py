@@ -104,6 +104,38 @@ def test_cost(spec):
     assert few != many and few == cost(c, [0], context=1000, mixer=mixer_spec(spec))
 
 
+GROUPED = ("qwen3", "qwen3-bias", "qwen3-wide-heads", "llama", "llama-one-kv-head", "qwen2", "mistral", "qwen3_moe", "gemma2", "gemma3_text", "olmo2")
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_heads_of_ones_own(name, tmp_path):
+    "`expand_kv`: at first the same function, then free to part; counted, saved and loaded, and decoding as before."
+    ids, mask = tokens(pad=3)
+    narrow, wide = (morph(teacher(name), spec) for spec in ("gla", "gla(expand_kv=True)"))
+    narrow.gates = wide.gates = 0
+    close(logits(wide, ids, mask), logits(narrow, ids, mask), 1e-4)
+    wide.alignment_losses(ids, mask).sum().backward()
+    grads = wide.layers[0].linear.attn.k_proj.weight.grad.unflatten(0, (4, -1))
+    assert not any(torch.allclose(grads[i], grads[j]) for i in range(4) for j in range(i))
+    for layer in wide.layers: shake(layer.linear, 0.1)
+    h = commit(wide, [1])
+    assert h.num_parameters() == cost(h.config, [1], context=9).parameters > commit(narrow, [1]).num_parameters()
+    h.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, ids, mask), logits(h, ids, mask))
+    kw = dict(attention_mask=mask, max_new_tokens=8, **GREEDY)
+    assert torch.equal(again.generate(ids, **kw), again.generate(ids, use_cache=False, **kw))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama-no-groups"])
+def test_nothing_to_expand(name):
+    narrow, wide = (morph(teacher(name), spec) for spec in ("lightning", "lightning(expand_kv=True)"))
+    assert {n: p.shape for n, p in narrow.named_parameters()} == {n: p.shape for n, p in wide.named_parameters()}
+
+
+def test_fused_projections_cannot_be_expanded():
+    with pytest.raises(ValueError, match="Phi3Attention has no such k_proj"): morph(teacher("phi3"), "lightning(expand_kv=True)")
+
+
 def test_options():
     assert HybridConfig(teacher=teacher("qwen3").config, mixer="gdn( rope=False,conv=4)", full_layers=[0]).mixer == "gdn(conv=4, rope=False)"
     assert morph(teacher("qwen3"), "gdn(conv=4)", conv=2).mixer == "gdn(conv=2)"
