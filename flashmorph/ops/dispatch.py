@@ -75,7 +75,8 @@ def _no_triton_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: T
     if _records(q, k, v, log_decay, *rest): return "the kernel for one token has no gradient"
     return _no_triton(q, k, v, log_decay, *rest)
 
-def _no_fla(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> str:
+def _no_fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: Tensor | None) -> str:
+    if log_decay.ndim == 1 and _records(log_decay): return "flash-linear-attention has no gradient for a decay per head"
     if not q.is_cuda: return f"flash-linear-attention needs a CUDA device, q is on {q.device}"
     if importlib.util.find_spec("fla") is None: return "flash-linear-attention is not installed"
     if q.dtype == torch.float64: return "flash-linear-attention does not compute in float64"
@@ -90,11 +91,12 @@ def _triton(op: str) -> Callable:
 
 def _fla(op: str) -> Callable:
     def run(q, k, v, log_decay, *beta, scale=None, state=None):
-        getattr(reference, f"check_{op}")(q, k, v, log_decay, *beta, scale, state)
-        if op == "gla": from fla.ops.gla import chunk_gla as chunk
+        scale = getattr(reference, f"check_{op}")(q, k, v, log_decay, *beta, scale, state)
+        if op == "lightning": from fla.ops.simple_gla import chunk_simple_gla as chunk
+        elif op == "gla": from fla.ops.gla import chunk_gla as chunk
         else: from fla.ops.gated_delta_rule import chunk_gated_delta_rule as chunk
-        o, S = chunk(q, k, v, log_decay, *beta, scale=q.shape[3] ** -0.5 if scale is None else scale,
-                     initial_state=None if state is None else state.float(), output_final_state=True)
+        gates = {"g_gamma" if log_decay.ndim == 1 else "g": log_decay} | ({"beta": beta[0]} if beta else {})
+        o, S = chunk(q, k, v, **gates, scale=scale, initial_state=None if state is None else state.float(), output_final_state=True)
         return o.to(v.dtype), S
     return run
 
@@ -105,13 +107,10 @@ def _forms(op: str, *kernels: Form) -> tuple[Form, ...]:
             Form("torch", "chunks in plain PyTorch", getattr(chunked, op)), Form("reference", "token by token, for checking", getattr(reference, op)))
 
 def _kernels(op: str) -> tuple[Form, Form]:
-    return (Form("triton", "one token in one launch", _triton(op), _no_triton_step, gpu=True),
-            Form("fla", "the chunks of flash-linear-attention", _fla(op), _no_fla, gpu=True))
+    ours = ("our kernels", _triton(op), _no_triton_lightning) if op == "lightning" else ("one token in one launch", _triton(op), _no_triton_step)
+    return Form("triton", *ours, gpu=True), Form("fla", "the chunks of flash-linear-attention", _fla(op), _no_fla, gpu=True)
 
-FORMS: dict[str, tuple[Form, ...]] = {
-    "lightning": _forms("lightning", Form("triton", "our kernels", _triton("lightning"), _no_triton_lightning, gpu=True)),
-    "gla": _forms("gla", *_kernels("gla")),
-    "gdn": _forms("gdn", *_kernels("gdn"))}
+FORMS: dict[str, tuple[Form, ...]] = {op: _forms(op, *_kernels(op)) for op in ("lightning", "gla", "gdn")}
 
 def choose(op: str, *tensors: Tensor | None, impl: str | None = None) -> Form:
     "The first form of `op` that can run on these tensors, or the one called `impl`; `ValueError` if there is none of that name or it cannot."
@@ -146,7 +145,7 @@ def lightning(
 ) -> tuple[Tensor, Tensor]:  # output `(B, T, H, Dv)` in `v.dtype`, state after the last token `(B, H, Dk, Dv)`
     """Lightning attention, `S = exp(log_decay) S + k^T v; o = scale q S` (arXiv 2401.04658), by the form that suits the tensors.
 
-    `impl` is `"triton"`, `"torch"`, `"reference"` or, for one token, `"step"`. The state is float32 (float64 for float64 inputs).
+    `impl` is `"triton"`, `"fla"`, `"torch"`, `"reference"` or, for one token, `"step"`. The state is float32 (float64 for float64 inputs).
     Raises `ValueError` for shapes that do not fit and for an `impl` that is unknown or cannot run."""
     return choose("lightning", q, k, v, log_decay, state, impl=impl).run(q, k, v, log_decay, scale=scale, state=state)
 
