@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 # %% auto #0
-__all__ = ['app', 'console', 'errors', 'Set', 'Resume', 'Overwrite', 'demo', 'convert', 'select', 'evaluate', 'pretrain']
+__all__ = ['app', 'console', 'errors', 'Set', 'Resume', 'Overwrite', 'bench', 'Device', 'Json', 'demo', 'convert', 'select',
+           'evaluate', 'pretrain', 'bench_ops', 'bench_gates']
 
 # %% ../nbs/60_cli.ipynb #03d30bc9
 app = typer.Typer(help="Turn a pretrained Transformer into a hybrid attention model.", no_args_is_help=True, add_completion=False,
@@ -110,3 +111,50 @@ def pretrain(out: Annotated[Path, typer.Option(help="Run folder; the teacher is 
     with _plain_errors():
         if not resume and out.exists() and any(out.iterdir()): raise ValueError(f"{out} exists and is not empty: choose another folder, or --resume")
         train(out, seed=seed, resume=resume, say=lambda line: console.print(f"[bold]>[/] {line}"))
+
+# %% ../nbs/60_cli.ipynb #b0c1a001
+bench = typer.Typer(help="Measure speed and memory, side by side with what others use.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write what was measured to this file.")]
+
+def _measured(result: dict[str, Any], lines: list[str], file: Path | None) -> None:
+    import json
+    from flashmorph.fit import write_aside
+    for line in lines: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if file is not None: write_aside(file, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+
+def _say(line: str) -> None: errors.print(f"> {line}", markup=False, highlight=False)
+
+@bench.command("ops")
+def bench_ops(ops: Annotated[str, typer.Option(help="Which, with commas between.")] = "lightning,gla,gdn",
+              lengths: Annotated[str, typer.Option(help="Tokens, with commas between.")] = "512,4096,16384",
+              batch: Annotated[int, typer.Option(help="Rows.")] = 1, heads: int = 4, dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+              dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32", device: Device = "cpu",
+              repeats: Annotated[int, typer.Option(help="Calls of each; medians are printed.")] = 7, file: Json = None) -> None:
+    "Every form of every op and its peers, forward and backward: time, ratio to the peer, memory, share of what the machine could do."
+    from flashmorph.ops import bench as b
+    from flashmorph.recipe import nearest
+    with _plain_errors():
+        kinds = {"float32": b.torch.float32, "bfloat16": b.torch.bfloat16, "float16": b.torch.float16}
+        if dtype not in kinds: raise ValueError(f"--dtype: unknown {dtype!r}; {nearest(dtype, kinds)}")
+        try: tokens = [int(n) for n in lengths.split(",")]
+        except ValueError: raise ValueError(f"--lengths: expected whole numbers with commas between, got {lengths!r}") from None
+        result = b.bench_ops(ops.split(","), tokens, B=batch, H=heads, D=dim, dtype=kinds[dtype], device=device, repeats=repeats, say=_say)
+        _measured(result, b.bench_lines(result), file)
+
+# %% ../nbs/60_cli.ipynb #b0c1a002
+@bench.command("gates")
+def bench_gates(teacher: Annotated[str, typer.Option(help="'bundled', a folder, or a hub name.")] = "bundled",
+                mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
+                length: Annotated[int, typer.Option(help="Tokens per book.")] = 256, keys: Annotated[int, typer.Option(help="Passkeys per book.")] = 4,
+                words_per_key: Annotated[int, typer.Option(help="Words per passkey.")] = 6, batch_size: Annotated[int, typer.Option(help="Books a step.")] = 4,
+                steps: Annotated[int, typer.Option(help="Steps of each training.")] = 20, device: Device = "cpu",
+                repeats: Annotated[int, typer.Option(help="Trainings of each kind; medians are printed.")] = 5, file: Json = None) -> None:
+    "A step of gate training in forward passes of the teacher, and what watching it costs."
+    from flashmorph.bench import bench_gates as run_bench, gates_lines
+    with _plain_errors():
+        result = run_bench(teacher, mixer, length=length, keys=keys, words_per_key=words_per_key, batch_size=batch_size, steps=steps, repeats=repeats,
+                           device=device, say=_say)
+        _measured(result, gates_lines(result), file)
