@@ -415,9 +415,7 @@ def _trace_figure(trace: _Trace) -> Figure:
     "The curves of the layers, or without layers of the loss."
     if trace.what == "gate" and trace.kept:
         rows = torch.frombuffer(bytearray(base64.b64decode(trace.matrix)), dtype=torch.uint8).view(-1, trace.num_layers) / 255
-        fig = gates_figure(GateRun(rows))
-        for line in fig.data: line.x = trace.kept
-        return fig
+        return gates_figure(GateRun(rows), steps=trace.kept)
     events = [{"stage": trace.stage, "step": s, "loss": math.nan if v is None else v} for s, v in zip(trace.kept, trace.losses.get("loss", []))]
     return loss_figure(events) if events else styled(go.Figure(), "No training yet", 200)
 
