@@ -25,7 +25,7 @@ import traitlets as T
 from .baselines import uniform
 from .cost import Cost, CostModel
 from .evaluate import evaluate_recall
-from .figures import CONFIG, FULL, LINEAR, METRICS, Figure, gates_figure, loss_figure, selection_figure, styled, thin
+from .figures import CONFIG, FULL, LINEAR, METRICS, Figure, gates_figure, loss_figure, recall_figure, selection_figure, styled, thin
 from .fit import Callback, FitConfig, FitResult
 from .gates import GateRun
 from .hybrid import HybridConfig
@@ -558,11 +558,7 @@ class RecallMap(Widget):
 
     def figure(self) -> Figure:
         name, grid = list(self.grids.items())[self.shown]
-        middles = [f"{100 * (d + 0.5) / grid.depths:.0f}" for d in range(grid.depths)]
-        fig = go.Figure(go.Heatmap(z=grid.recall, x=[f"{n:,}" for n in grid.lengths], y=middles, zmin=0, zmax=1,
-                                   colorscale=[[0, LINEAR], [1, FULL]], hovertemplate="%{x} tokens, depth %{y}%: %{z:.0%}<extra></extra>"))
-        fig.update_xaxes(title="length, tokens", type="category").update_yaxes(title="depth, %", autorange="reversed", type="category")
-        return styled(fig, f"Recall: {html.escape(name)}", 360)
+        return recall_figure(grid, name)
 
     def __str__(self) -> str: return "\n".join(f"{name}\n{grid}" for name, grid in self.grids.items())
     __repr__ = __str__
