@@ -195,10 +195,10 @@ def _amount(value: float, what: str) -> str:
 # %% ../nbs/50_figures.ipynb #5f1a0c05
 CACHE = {"states": ("state_bytes", OKABE_ITO[1]), "keys and values": ("kv_bytes", OKABE_ITO[4])}
 
-def _cost_tells(costs: Sequence[Cost], key: str, name: str, what: str) -> list[str]:
-    "The hover text of each budget for one metric."
-    L, whole = len(costs) - 1, getattr(costs[-1], key)
-    tells = [f"<b>budget {k} of {L}</b><br>{name}: {_amount(v, what)}, {v / whole:.0%} of the full model" for k, v in enumerate(getattr(c, key) for c in costs)]
+def _cost_tells(costs: Sequence[Cost], key: str, what: str) -> list[str]:
+    "One metric at each budget, in words."
+    whole = getattr(costs[-1], key)
+    tells = [f"{_amount(v, what)}, {v / whole:.0%} of the full model" for v in (getattr(c, key) for c in costs)]
     if key != "cache_bytes": return tells
     return [f"{tell}<br>" + ", ".join(f"{part} {_amount(getattr(c, k), what)}" for part, (k, _) in CACHE.items()) for tell, c in zip(tells, costs)]
 
@@ -223,8 +223,9 @@ def cost_figure(costs: Sequence[Cost], budget: int | None = None) -> Figure:
         for part, (part_key, color) in CACHE.items() if key == "cache_bytes" else ():
             fig.add_scatter(x=x, y=_packed(getattr(c, part_key) / scale for c in costs), name=part, stackgroup="cache", mode="none", fillcolor=color,
                             hoverinfo="skip", **where)
-        fig.add_scatter(x=x, y=_packed(v / scale for v in values), text=_cost_tells(costs, key, name, what), hoverinfo="text", showlegend=False,
-                        mode="lines+markers" if L <= 32 else "lines", line={"color": FULL, "width": 2}, marker={"size": 5}, **where)
+        fig.add_scatter(x=x, y=_packed(v / scale for v in values), text=_cost_tells(costs, key, what), showlegend=False,
+                        hovertemplate=f"<b>budget %{{x}} of {L}</b><br>{name}: %{{text}}<extra></extra>", **where,
+                        mode="lines+markers" if L <= 32 else "lines", line={"color": FULL, "width": 2}, marker={"size": 5})
         fig.update_yaxes(title=unit, rangemode="tozero", **where)
     if k is not None: fig.add_vline(k, line={"color": TEXT, "width": 1, "dash": "dot"}, row="all", col="all")
     fig.update_xaxes(range=[-0.02 * L, 1.02 * L], tickvals=_ticks(L + 1, 10)).update_xaxes(title="budget: full layers", row=2)
