@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
 from .fit import EventLog, write_aside
 from .gates import GateRun
+from .hybrid import HybridConfig
 from .select import Selection
 
 # %% ../nbs/52_report.ipynb #feadc878
@@ -151,6 +153,11 @@ class _Run:
     def gates(self) -> GateRun: return GateRun.load(self.path("gates.json"))
     def events(self) -> list[dict[str, Any]]: return [e for e in EventLog(self.path("log.jsonl")) if isinstance(e, dict)]
 
+    def hybrid(self) -> dict[str, Any]:
+        config = json.loads(self.path("hybrid/config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not isinstance(config.get("teacher"), dict): raise ValueError("hybrid/config.json is not that of a hybrid")
+        return config
+
     def results(self) -> dict[str, Any]:
         results = json.loads(self.path("results.json").read_text(encoding="utf-8"))
         if not isinstance(results, dict): raise ValueError("results.json holds no results")
@@ -214,10 +221,24 @@ def _seconds(run: _Run) -> str:
 
 def _recipe(run: _Run) -> str: return f"<details open><summary>recipe.toml</summary><pre>{html.escape(run.recipe())}</pre></details>"
 
+# %% ../nbs/52_report.ipynb #5f1a0d01
+def _costs(run: _Run) -> str:
+    "What each budget would have cost at the run's context, by the gates' order, with the one that was chosen marked."
+    from flashmorph.cost import budget_costs
+    from flashmorph.figures import cost_figure
+    if (context := _number(run.results().get("context"))) is None: raise ValueError("results.json does not say for what context")
+    order, description = run.gates().order(), run.hybrid()
+    try:
+        config = HybridConfig.from_dict(description)
+        costs = budget_costs(config, order, context=int(context), mixer=config.mixer, dtype=getattr(config, "dtype", None) or torch.bfloat16)
+    except Exception as e: raise ValueError(f"hybrid/config.json cannot be counted: {e}") from e       # whatever transformers says of a broken one
+    note = "Counted from the configuration, for the gates' order: layers pinned by hand are not considered."
+    return f'{_figure(cost_figure(costs, len(config.full_layers or [])))}<p class="soft">{note}</p>'
+
 # %% ../nbs/52_report.ipynb #250aff99
 SECTIONS: tuple[tuple[str, Callable[[_Run], str]], ...] = (
-    ("Summary", _summary), ("Results", _results), ("Layers", _selections), ("Gates", _gates), ("Losses", _losses), ("Time", _seconds),
-    ("Recipe", _recipe))
+    ("Summary", _summary), ("Results", _results), ("Layers", _selections), ("Costs", _costs), ("Gates", _gates), ("Losses", _losses),
+    ("Time", _seconds), ("Recipe", _recipe))
 
 def write_report(folder: str | Path) -> Path:
     """Write `report.html` into a run folder from what is there, and return its path.

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from flashmorph.fit import EventLog
 from flashmorph.gates import GateRun
+from flashmorph.hybrid import HybridConfig
 from flashmorph.report import results_table, write_report
 from flashmorph.select import Selection
 
@@ -28,6 +30,8 @@ def make_run(folder: Path, L: int, text: str = "plain") -> Path:
     (folder / "results.json").write_text(json.dumps(results))
     GateRun(torch.rand(31, L), [1.0] * 30, {"note": text}).save(folder)
     Selection(tuple(kept), L, "flashmorph", [0.5] * L).save(folder)
+    teacher = Qwen3Config(num_hidden_layers=L, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=61)
+    HybridConfig(teacher=teacher, full_layers=kept).save_pretrained(folder / "hybrid")
     for stage in ("align", "gates", text):
         for step in range(1, 20): EventLog(folder / "log.jsonl").append({"stage": stage, "step": step, "loss": 1 / step, "note": text})
     (folder / "recipe.toml").write_text(f"teacher = '''{text}'''\n")
@@ -52,14 +56,15 @@ class Tags(HTMLParser):
 def test_a_whole_run(tmp_path, L):
     page = write_report(make_run(tmp_path / "run", L)).read_text()
     tags = Tags(page)
-    assert tags.count("h2") == 6 and tags.count("script") == 1 + 4 and "left out" not in page
+    assert tags.count("h2") == 7 and tags.count("script") == 1 + 5 and "left out" not in page
     assert sum(len(s) > 1_000_000 for s in tags.scripts) == 1  # plotly, once
     assert not [attrs for _, attrs in tags.tags if attrs.keys() & {"src", "href", "data", "action"}]
     assert len(page) < 6_000_000 and str(tmp_path) not in page
 
 
-@pytest.mark.parametrize("name, sections", [("recipe.toml", {"Recipe"}), ("gates.json", {"Gates"}), ("log.jsonl", {"Losses"}), ("selection.json", set()),
-                                            ("results.json", {"Summary", "Results", "Time"})])
+@pytest.mark.parametrize("name, sections", [
+    ("recipe.toml", {"Recipe"}), ("gates.json", {"Gates", "Costs"}), ("log.jsonl", {"Losses"}), ("selection.json", set()),
+    ("hybrid/config.json", {"Costs"}), ("results.json", {"Summary", "Results", "Time", "Costs"})])
 @pytest.mark.parametrize("how", ["missing", "cut", "foreign"])
 def test_a_broken_piece_costs_only_its_section(tmp_path, name, sections, how):
     folder = make_run(tmp_path / "run", 6)
@@ -74,11 +79,19 @@ def test_a_broken_piece_costs_only_its_section(tmp_path, name, sections, how):
     assert str(tmp_path) not in page
 
 
+@pytest.mark.parametrize("change", [{"num_hidden_layers": "many"}, {"hidden_size": -4}, {"model_type": "nothing"}, {"num_hidden_layers": 5}])
+def test_a_strange_hybrid_costs_only_the_costs(tmp_path, change):
+    folder = make_run(tmp_path / "run", 6)
+    config = json.loads((folder / "hybrid/config.json").read_text())
+    (folder / "hybrid/config.json").write_text(json.dumps({**config, "teacher": {**config["teacher"], **change}}))
+    assert re.findall(r'class="missing">(\w+) left out', write_report(folder).read_text()) == ["Costs"]
+
+
 def test_text_from_files_stays_text(tmp_path):
     folder = make_run(tmp_path / "run", 6, EVIL)
     page = write_report(folder.rename(tmp_path / "a<img src=x>&b")).read_text()
     tags = Tags(page)
-    assert tags.count("script") == 1 + 4 and not tags.count("img") and not tags.count("b") - page.count('<div class="card"><b>')
+    assert tags.count("script") == 1 + 5 and not tags.count("img") and not tags.count("b") - page.count('<div class="card"><b>')
     assert EVIL in "".join(tags.text) and "window.bad = 1<" not in "".join(tags.scripts)
     labels = "".join(s for s in tags.scripts if len(s) < 1_000_000)
     assert "\\u003cscript" not in labels and "\\u003cimg" not in labels  # what plotly takes for markup is escaped for it as well
@@ -105,7 +118,7 @@ def test_in_a_browser(tmp_path, scheme):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: request.url.startswith(("file://", "data:", "blob:")) or problems.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 4")
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 5")
         assert page.evaluate("window.bad") is None and not problems
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
