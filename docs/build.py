@@ -12,6 +12,7 @@ from pathlib import Path
 
 from api import Index
 from execnb.nbio import mk_cell, read_nb, write_nb
+from execute import is_bar
 from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 
@@ -20,7 +21,6 @@ ROOT, NBS, WORK, SITE = DOCS.parent, DOCS.parent / "nbs", DOCS / "_work", DOCS /
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 TAGS = {("echo:", "false"): "remove-input", ("output:", "false"): "remove-output", ("include:", "false"): "remove-cell",
         ("code-fold:", "true"): "hide-input"}
-BAR = re.compile(r"%\|.*\[.*\]")           # what a progress bar leaves behind
 API = Index(ROOT / "flashmorph")
 
 
@@ -79,7 +79,7 @@ def convert(path: Path) -> None:
         directives = {name: " ".join(args).lower() for name, args in cell.directives_.items()}
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         cell.metadata = {"tags": [tag for key, tag in TAGS.items() if key in directives.items()]}
-        cell.outputs = [shown(o, path) for o in cell.outputs if not BAR.search("".join(o.get("data", {}).get("text/plain", "")))]
+        cell.outputs = [shown(o, path) for o in cell.outputs if not is_bar(o)]
         if {"export", "exports", "exporti"} & directives.keys(): cells += exported(cell, module)
         elif cell.source and "default_exp" not in directives: cells.append(cell)
     nb.cells, nb.metadata = cells, {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}

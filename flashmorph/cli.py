@@ -106,7 +106,7 @@ def evaluate(model: Annotated[str, typer.Argument(help="Hybrid or teacher: a fol
 @app.command()
 def pretrain(out: Annotated[Path, typer.Option(help="Run folder; the teacher is saved in its folder 'teacher'.")] = Path("runs/pretrain"),
              seed: int = 0, resume: Resume = False) -> None:
-    "Train the bundled teacher from scratch (about twenty minutes on two cores)."
+    "Train the bundled teacher from scratch (about ten minutes on two cores)."
     from flashmorph.pretrain import pretrain as train
     with _plain_errors():
         if not resume and out.exists() and any(out.iterdir()): raise ValueError(f"{out} exists and is not empty: choose another folder, or --resume")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 
 # Notebooks that export nothing: pages to read.
-PAGES = {"index.ipynb"}
+PAGES = {"index.ipynb", "benchmarks.ipynb"}
 # Imports of a later chapter, each inside a function and with its reason: (from, to).
 FORWARD = {("morph", "hybrid"): "MorphableModel.commit(layers) reads better than a function of two chapters later",
            ("gates", "select"): "GateRun.select(budget) reads better than a function of the next chapter"}
@@ -118,7 +118,8 @@ def test_import_cells_hold_only_imports(nb):
 def test_outputs_are_small_and_say_nothing_of_the_machine(nb):
     if nb.module: assert nb.path.stat().st_size < 150_000, f"{nb.path.stat().st_size // 1000} KB"
     outputs = json.dumps([c.get("outputs", []) for *_, c in nb.cells])
-    for what, pattern in (("absolute path", MACHINE_PATH), ("memory address", ADDRESS), ("widget state", r"widget-state\+json")):
+    for what, pattern in (("absolute path", MACHINE_PATH), ("memory address", ADDRESS), ("widget state", r"widget-state\+json"),
+                          ("progress bar", r"%\|[^\"]*\[\d")):
         found = re.search(pattern, outputs)
         assert not found, f"{what} in an output: …{outputs[max(found.start() - 40, 0):found.end() + 40]}…"
     assert "widgets" not in nb.json["metadata"], "widget state in the notebook's metadata"
