@@ -40,8 +40,8 @@ def bench_gates(
     mixer: str = "lightning",  # of the linear branches
     *,
     length: int = 256, keys: int = 4, words_per_key: int = 6, batch_size: int = 4,  # the books: tokens, passkeys, words in each, and books a step
-    steps: int = 20,  # of each training
-    repeats: int = 5,  # of everything; medians are reported
+    steps: int = 50,  # of each training, as in the demo
+    repeats: int = 7,  # of everything; medians are reported
     device: str = "cpu",  # `cpu` or `cuda`
     say: Callable[[str], Any] = lambda line: None,  # told about progress
 ) -> dict[str, Any]:  # what was measured on, `rows`, and `monitor`; fit for JSON

@@ -132,7 +132,8 @@ def bench_ops(ops: Annotated[str, typer.Option(help="Which, with commas between.
               lengths: Annotated[str, typer.Option(help="Tokens, with commas between.")] = "512,4096,16384",
               batch: Annotated[int, typer.Option(help="Rows.")] = 1, heads: int = 4, dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
               dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32", device: Device = "cpu",
-              repeats: Annotated[int, typer.Option(help="Calls of each; medians are printed.")] = 7, file: Json = None) -> None:
+              repeats: Annotated[int, typer.Option(help="Calls of each, fewer if slow; medians are printed.")] = 7,
+              peers: Annotated[bool, typer.Option(help="Others too, or our own forms only.")] = True, file: Json = None) -> None:
     "Every form of every op and its peers, forward and backward: time, ratio to the peer, memory, share of what the machine could do."
     from flashmorph.ops import bench as b
     from flashmorph.recipe import nearest
@@ -141,7 +142,7 @@ def bench_ops(ops: Annotated[str, typer.Option(help="Which, with commas between.
         if dtype not in kinds: raise ValueError(f"--dtype: unknown {dtype!r}; {nearest(dtype, kinds)}")
         try: tokens = [int(n) for n in lengths.split(",")]
         except ValueError: raise ValueError(f"--lengths: expected whole numbers with commas between, got {lengths!r}") from None
-        result = b.bench_ops(ops.split(","), tokens, B=batch, H=heads, D=dim, dtype=kinds[dtype], device=device, repeats=repeats, say=_say)
+        result = b.bench_ops(ops.split(","), tokens, B=batch, H=heads, D=dim, dtype=kinds[dtype], device=device, repeats=repeats, peers=peers, say=_say)
         _measured(result, b.bench_lines(result), file)
 
 # %% ../nbs/60_cli.ipynb #b0c1a002
@@ -150,8 +151,8 @@ def bench_gates(teacher: Annotated[str, typer.Option(help="'bundled', a folder, 
                 mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
                 length: Annotated[int, typer.Option(help="Tokens per book.")] = 256, keys: Annotated[int, typer.Option(help="Passkeys per book.")] = 4,
                 words_per_key: Annotated[int, typer.Option(help="Words per passkey.")] = 6, batch_size: Annotated[int, typer.Option(help="Books a step.")] = 4,
-                steps: Annotated[int, typer.Option(help="Steps of each training.")] = 20, device: Device = "cpu",
-                repeats: Annotated[int, typer.Option(help="Trainings of each kind; medians are printed.")] = 5, file: Json = None) -> None:
+                steps: Annotated[int, typer.Option(help="Steps of each training.")] = 50, device: Device = "cpu",
+                repeats: Annotated[int, typer.Option(help="Trainings of each kind; medians are printed.")] = 7, file: Json = None) -> None:
     "A step of gate training in forward passes of the teacher, and what watching it costs."
     from flashmorph.bench import bench_gates as run_bench, gates_lines
     with _plain_errors():
