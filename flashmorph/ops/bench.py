@@ -170,10 +170,10 @@ def bench_lines(result: dict[str, Any]) -> list[str]:
     "The result of `bench_ops` as lines of text."
     sizes = " ".join(f"{name}{size}" for name, size in result["sizes"].items())
     lines = [f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {result['dtype']}, {sizes}, medians of {result['repeats']}",
-             f"{'op':10}{'T':>6} {'pass':17}{'impl':42}{'ms':>10}{'ratio':>8}{'MiB':>9}{'share':>7}"]
+             f"{'op':9}{'T':>6} {'pass':17}{'impl':41}{'ms':>10}{'ratio':>7}{'MiB':>7}{'share':>6}"]
     for r in result["rows"]:
-        ratio, share = ("" if r[key] is None else f"{r[key]:.3f}" for key in ("ratio", "share"))
-        lines.append(f"{r['op']:10}{r['T']:>6} {r['pass']:17}{r['impl']:42}{r['ms']:>10.2f}{ratio:>8}{r['peak_mib']:>9.1f}{share:>7}")
+        ratio, share = ("" if r[key] is None else f"{r[key]:.{digits}f}" for key, digits in (("ratio", 3), ("share", 2)))
+        lines.append(f"{r['op']:9}{r['T']:>6} {r['pass']:17}{r['impl']:41}{r['ms']:>10.2f}{ratio:>7}{r['peak_mib']:>7.1f}{share:>6}")
     return lines
 
 def bench_figure(result: dict[str, Any], which: str = "forward+backward", what: str = "ms") -> Any:
@@ -194,8 +194,8 @@ def bench_figure(result: dict[str, Any], which: str = "forward+backward", what: 
                                 line={"color": colours[i % len(colours)], "dash": "dash" if name == peer else "solid"},
                                 showlegend=name not in {trace.name for trace in fig.data}, row=1, col=column,
                                 hovertemplate=f"<b>{name}</b><br>%{{x:,}} tokens: %{{y:,.4~g}} {UNITS[what]}<extra></extra>")
-    fig.update_xaxes(type="log", title_text="tokens", gridcolor="rgba(128,128,128,0.25)")
-    fig.update_yaxes(type="log", gridcolor="rgba(128,128,128,0.25)")
+    fig.update_xaxes(type="log", dtick=1, title_text="tokens", gridcolor="rgba(128,128,128,0.25)")
+    fig.update_yaxes(type="log", dtick=1, gridcolor="rgba(128,128,128,0.25)")
     fig.update_yaxes(title_text=f"{UNITS[what]}, {which}", col=1)
     return fig.update_layout(template="none", height=360, font_color="#808080", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
                              margin={"l": 64, "r": 16, "t": 40, "b": 48}, title_text=None, legend={"orientation": "h", "y": -0.25})
