@@ -6,7 +6,7 @@
 __all__ = ['bench_gates', 'gates_lines']
 
 # %% ../nbs/54_bench.ipynb #be000004
-import statistics, time
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 import torch
@@ -14,18 +14,10 @@ from torch import nn
 from .fit import Callback
 from .gates import train_gates
 from .morph import MorphableModel, morph
-from .ops.bench import machine, peak_bytes
+from .ops.bench import machine, peak_bytes, timed
 from .teacher import load_teacher
 
 # %% ../nbs/54_bench.ipynb #be000007
-def _timed(call: Callable[[], Any], cuda: bool) -> float:
-    "Seconds of one call."
-    if cuda: torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if cuda: torch.cuda.synchronize()
-    return time.perf_counter() - began
-
 def _forward(model: MorphableModel, rows: list[dict[str, torch.Tensor]], batch_size: int) -> None:
     "The teacher's pass over `rows`, without logits, as gate training does it."
     with torch.no_grad(), model.full_pass():
@@ -66,7 +58,7 @@ def bench_gates(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     drawing = []
     for i in range(repeats):
-        for name, call in calls.items(): seconds[name].append(_timed(call, cuda))
+        for name, call in calls.items(): seconds[name].append(timed(call, cuda))
         drawing.append(monitor.drawing / seconds["gate step, watched"][-1])
         say(f"round {i + 1} of {repeats}")
     return _result(model, seconds, peaks, drawing, {"length": length, "batch_size": batch_size, "steps": steps, "repeats": repeats}, device)
