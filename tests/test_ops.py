@@ -14,6 +14,7 @@ OPS = ("lightning", "gla", "gdn")
 DECAYS = {                                                    # of shape (B, T, H), or for gla (B, T, H, DK)
     "none": lambda *shape: torch.zeros(shape),
     "random": lambda *shape: -torch.rand(shape),
+    "steep": lambda *shape: -3 * torch.rand(shape),
     "strong": lambda *shape: torch.full(shape, -20.),
     "padding": lambda *shape: -torch.rand(shape) * (torch.rand(B, shape[1], *(1,) * (len(shape) - 2)) < 0.7),
     "extreme": lambda *shape: torch.where(torch.rand(shape) < 0.05, -1000., -0.01),
@@ -59,6 +60,16 @@ def test_chunked_is_the_recurrence(op, decay, T):
         assert all(t.isfinite().all() for t in got)
         worst = max(error(a, b) for a, b in zip(got, truth(op, *x, fixed=fixed), strict=True))
         assert worst <= 1e-5, worst
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_one_row_one_head(op, decay):
+    "Sizes of 1 make views contiguous that otherwise are not, and a copy that is none is overwritten."
+    for T in (1, 2, 3, 16, 64, 65):
+        *x, S = inputs(op, T, decay)
+        x = [t[:1, :, :1].double() for t in x] + [S[:1, :1].double()]
+        assert max(error(a, b) for a, b in zip(results(getattr(chunked, op), *x), truth(op, *x), strict=True)) <= 1e-10
 
 
 @pytest.mark.parametrize("op", OPS)
