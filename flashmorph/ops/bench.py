@@ -58,13 +58,14 @@ def contenders(op: str, inputs: tuple[Tensor, ...], peers: bool = True) -> dict[
 
 
 # %% ../../nbs/05_ops.bench.ipynb #091f01d2
-def _call(run: Callable, inputs: tuple[Tensor, ...], backward: bool) -> None:
-    if not backward:
+def _call(run: Callable, inputs: tuple[Tensor, ...], d_out: Tensor | None) -> None:
+    "Forward, and if there is a gradient of the output, backward."
+    if d_out is None:
         with torch.no_grad(): run(*inputs)
         return
     leaves = [x.detach().requires_grad_(i < 3 or x.ndim > 1) for i, x in enumerate(inputs)]       # not the constant decays of lightning
     out = run(*leaves)
-    torch.autograd.grad(out, [x for x in leaves if x.requires_grad], torch.ones_like(out), allow_unused=True)
+    torch.autograd.grad(out, [x for x in leaves if x.requires_grad], d_out.to(out.dtype), allow_unused=True)
 
 def timed(call: Callable[[], Any], cuda: bool = False) -> float:
     "Seconds of one `call()`, on a CUDA device until it is really done."
@@ -101,27 +102,29 @@ def ceilings(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[st
     return {"flops": 2 * n**3 / best(lambda: a @ a), "bytes": 2 * b.nbytes / best(lambda: c.copy_(b))}
 
 # %% ../../nbs/05_ops.bench.ipynb #14710903
-PATIENCE = 30.0           # seconds for one op, length and pass; after that three calls of each have to do
+PATIENCE = 30.0           # seconds for contenders that take turns; after that three calls of each have to do
 
-def _rows(op: str, T: int, backward: bool, repeats: int, peers: bool, ceiling: dict[str, float], sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    inputs = bench_inputs(op, T, **sizes)
-    runs, cuda = contenders(op, inputs, peers), inputs[0].is_cuda
-    calls = {name: (lambda run=run: _call(run, inputs, backward)) for name, run in runs.items()}
-    memory = {name: peak_bytes(call, cuda) for name, call in calls.items()}               # also warms up
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    began = time.perf_counter()
+def _rows(op: str, lengths: list[int], backward: bool, repeats: int, peers: bool, ceiling: dict[str, float], sizes: dict[str, Any]) -> list[dict[str, Any]]:
+    calls, least = {}, {}
+    for T in lengths:
+        inputs = bench_inputs(op, T, **sizes)
+        (B, _, H, Dk), Dv, d_out, times = inputs[0].shape, inputs[2].shape[3], torch.ones_like(inputs[2]) if backward else None, 3 if backward else 1
+        least[T] = times * max(4 * B * T * H * Dk * Dv / ceiling["flops"], sum(x.nbytes for x in (*inputs, inputs[2])) / ceiling["bytes"])
+        for name, run in contenders(op, inputs, peers).items():
+            calls[T, name] = lambda run=run, inputs=inputs, d_out=d_out: _call(run, inputs, d_out)
+    cuda = inputs[0].is_cuda
+    memory = {key: peak_bytes(call, cuda) for key, call in calls.items()}                 # also warms up
+    seconds: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
+    began, rows = time.perf_counter(), []
     for i in range(repeats):
         if i >= 3 and time.perf_counter() - began > PATIENCE: break
-        for name, call in calls.items(): seconds[name].append(timed(call, cuda))
-    (B, _, H, Dk), Dv, peer, rows = inputs[0].shape, inputs[2].shape[3], next(iter(calls)), []
-    if peer in ("torch", "triton"): peer = ""                                             # too slow for this length, or not installed
-    times = 3 if backward else 1
-    least = times * max(4 * B * T * H * Dk * Dv / ceiling["flops"], sum(x.nbytes for x in (*inputs, inputs[2])) / ceiling["bytes"])
-    for name, taken in seconds.items():
-        median, ratio = statistics.median(taken), statistics.median(a / b for a, b in zip(taken, seconds[peer])) if peer else None
+        for key, call in calls.items(): seconds[key].append(timed(call, cuda))
+    for (T, name), taken in seconds.items():
+        peer = next(other for length, other in calls if length == T)                      # none where it is too slow, or not installed
+        median, ratio = statistics.median(taken), statistics.median(a / b for a, b in zip(taken, seconds[T, peer]))
         rows.append({"op": op, "impl": name, "T": T, "pass": "forward+backward" if backward else "forward", "ms": round(1e3 * median, 3),
-                     "calls": len(taken), "ratio": ratio and round(ratio, 4), "peak_mib": round(memory[name] / 2**20, 2),
-                     "share": None if name == "sdpa" else round(least / median, 3)})
+                     "calls": len(taken), "ratio": None if peer in ("torch", "triton") else round(ratio, 4),
+                     "peak_mib": round(memory[T, name] / 2**20, 2), "share": None if name == "sdpa" else round(least[T] / median, 3)})
     return rows
 
 # %% ../../nbs/05_ops.bench.ipynb #261ce33c
@@ -137,7 +140,7 @@ def bench_ops(
     say: Callable[[str], Any] = lambda line: None,  # told about progress
 ) -> dict[str, Any]:  # what was measured on (`device`, `threads`, versions, sizes, `ceilings`), and `rows`; fit for JSON
     """Time every form of each op and its peers, forward and forward+backward, taking turns. `ratio` is to the first row of its kind, the peer
-    (`None` where it did not run).
+    (`None` where it did not run). Without `peers` the lengths take turns too, so that their times can be compared.
 
     Raises `ValueError` for an unknown op and for a device that is not there."""
     ops, lengths = list(ops), list(lengths)
@@ -147,10 +150,10 @@ def bench_ops(
     if cuda and not torch.cuda.is_available(): raise ValueError("no CUDA device here; use device='cpu'")
     ceiling, rows = ceilings(dtype, device), []
     for op in ops:
-        for T in lengths:
+        for together in [[T] for T in lengths] if peers else [lengths]:                   # without peers all lengths take turns
             for backward in (False, True):
-                say(f"{op}, {T} tokens, {'forward and backward' if backward else 'forward'}")
-                rows += _rows(op, T, backward, repeats, peers, ceiling, {"B": B, "H": H, "D": D, "dtype": dtype, "device": device})
+                say(f"{op}, {', '.join(map(str, together))} tokens, {'forward and backward' if backward else 'forward'}")
+                rows += _rows(op, together, backward, repeats, peers, ceiling, {"B": B, "H": H, "D": D, "dtype": dtype, "device": device})
     return {**machine(device), "dtype": str(dtype).removeprefix("torch."), "sizes": {"B": B, "H": H, "D": D}, "repeats": repeats,
             "ceilings": ceiling, "rows": rows}
 

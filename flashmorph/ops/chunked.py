@@ -96,8 +96,9 @@ def add_mm(x: Tensor, a: Tensor, b: Tensor, scale: float = 1.) -> Tensor:
 # %% ../../nbs/01_ops.chunked.ipynb #56937ade
 def _lightning(q: Tensor, k: Tensor, v: Tensor, decays: tuple[Tensor, ...], scale: float, S: Tensor) -> tuple[Tensor, Tensor]:
     within, since, until = decays
-    before, S = scan(S, since[..., -1:, None], k * until[..., None], v)
-    return add_mm((q * since[..., None]) @ before, (q @ k.mT).mul_(within), v, scale), S
+    A = (q @ k.mT).mul_(within)
+    before, S = scan(S, since[..., -1:, None], k.mul_(until[..., None]), v)
+    return add_mm(q.mul_(since[..., None]) @ before, A, v, scale), S
 
 def _lightning_back(q: Tensor, k: Tensor, v: Tensor, decays: tuple[Tensor, ...], S: Tensor, do: Tensor, dS: Tensor,
                     need_decay: bool) -> tuple[Tensor | None, ...]:
@@ -224,7 +225,7 @@ def _delta(q: Tensor, k: Tensor, v: Tensor, decays: tuple[Tensor, ...], beta: Te
 
 def _gdn(q: Tensor, k: Tensor, v: Tensor, decays: tuple[Tensor, ...], beta: Tensor, scale: float, S: Tensor) -> tuple[Tensor, Tensor]:
     _, qk, _, U, _, before, S = _delta(q, k, v, decays, beta, S)
-    return add_mm((q * decays[1][..., None]) @ before, qk, U, scale), S
+    return add_mm(q.mul_(decays[1][..., None]) @ before, qk, U, scale), S
 
 # %% ../../nbs/01_ops.chunked.ipynb #614fdc25
 def _gdn_back(q: Tensor, k: Tensor, v: Tensor, decays: tuple[Tensor, ...], beta: Tensor, S: Tensor, do: Tensor, dS: Tensor,
@@ -254,7 +255,7 @@ CHUNK = 64               # tokens
 SEGMENT = 1 << 18        # numbers in the queries of a segment
 
 class _Op(NamedTuple):
-    "An op on chunks: its decays from `log_decay`, its forward pass on a segment, and its backward pass."
+    "An op on chunks: its decays from `log_decay`, its forward pass on a segment, and its backward pass. All may overwrite what they are given of a segment."
     decays: Callable
     forward: Callable
     backward: Callable
