@@ -255,7 +255,9 @@ CHUNK = 64               # tokens
 SEGMENT = 1 << 18        # numbers in the queries of a segment
 
 class _Op(NamedTuple):
-    "An op on chunks: its decays from `log_decay`, its forward pass on a segment, and its backward pass. All may overwrite what they are given of a segment."
+    """An op on chunks: its decays from `log_decay`, its forward pass on a segment, and its backward pass.
+
+    They may overwrite what was cut for them, but not the decays, which serve again where they are per head."""
     decays: Callable
     forward: Callable
     backward: Callable
