@@ -134,6 +134,19 @@ def test_segments_change_nothing(op, monkeypatch):
     for a, b in zip(results(getattr(chunked, op), *x), whole): assert error(a, b.double()) < 1e-6
 
 
+@pytest.mark.parametrize("op,decay", CASES)
+def test_memory_is_used_again_only_when_it_is_free(op, decay, monkeypatch):
+    "The same results where each request gets memory of its own, and where what was there becomes nan: nobody still needed it, nobody reads it."
+    q, k, v, *rest, S = inputs(op, 257, decay)
+    x, empty = [q, k, v[..., :DK], *rest, S[..., :DK]], chunked.Workspace.empty                # of one width, to share as much as possible
+    monkeypatch.setattr(chunked, "SEGMENT", 1 << 12)
+    monkeypatch.setattr(chunked.Workspace, "empty", lambda self, name, *shape: self.like.new_empty(shape))
+    expected = results(getattr(chunked, op), *x)
+    for refill in (lambda t: t, lambda t: t.fill_(torch.nan)):
+        monkeypatch.setattr(chunked.Workspace, "empty", lambda *args, refill=refill: refill(empty(*args)))
+        for a, b in zip(results(getattr(chunked, op), *x), expected, strict=True): assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("module", [reference, chunked])
 def test_dtypes_autocast_strides(op, module):

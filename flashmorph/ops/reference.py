@@ -24,7 +24,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, state: Tensor |
     expect("log_decay", log_decay, *(tuple(q.shape[i] for i in shape) for shape in shapes))
     if state is not None: expect("state", state, (B, H, Dk, v.shape[3]))
     look = log_decay.device.type == "cpu" and not torch.compiler.is_compiling() and log_decay.numel()
-    if look and not log_decay.detach().max() <= 0:                                              # one pass, and true of nan
+    if look and not log_decay.detach().amax() <= 0:                                              # one pass, and true of nan
         raise ValueError("log_decay should be <= 0 everywhere (exp of it is what remains of the state after a token)")
     return Dk ** -0.5 if scale is None else float(scale)
 
