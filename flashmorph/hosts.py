@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'CACHE_NAMES', 'INTERFACE', 'supported_families', 'attention_modules', 'mixer_dims', 'expand_kv',
-           'StateLayer', 'linear_slot', 'find_cache', 'LinearAttention', 'linear_attention', 'hand_mask_down',
-           'check_host']
+           'StateLayer', 'linear_slot', 'find_cache', 'LinearAttention', 'linear_attention', 'check_full', 'adapt_full',
+           'hand_mask_down', 'check_host']
 
 # %% ../nbs/11_hosts.ipynb #026bc3d6
-import copy, inspect
+import copy, inspect, math, sys
 from dataclasses import replace
 from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from .mixers import Mixer, MixerDims, State, parse_mixer
 
@@ -138,6 +139,11 @@ def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
 
 AttentionInterface.register(INTERFACE, _interface)
 
+def _no_rotation(kwargs: dict) -> dict:
+    "The keyword `position_embeddings`, if it is there, for a rotation by nothing."
+    rotary = kwargs.get("position_embeddings")
+    return {} if rotary is None else {"position_embeddings": (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))}
+
 def find_cache(kwargs: dict) -> Cache | None:
     "The cache among the keywords of an attention module, whatever it is called there."
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
@@ -159,8 +165,7 @@ class LinearAttention(nn.Module):
         cache = find_cache(kwargs)
         slot = None if cache is None else linear_slot(cache, self.layer_idx)
         kwargs = {name: None if name in CACHE_NAMES else value for name, value in kwargs.items()}
-        if not self.mixer.rope and (rotary := kwargs.get("position_embeddings")) is not None:     # a rotation by nothing
-            kwargs["position_embeddings"] = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+        if not self.mixer.rope: kwargs |= _no_rotation(kwargs)
 
         def mixer_call(q, k, v, scale):
             o, state = self.mixer(q, k, v, hidden, scale=scale, mask=linear_mask, state=None if slot is None else slot.state)
@@ -174,6 +179,53 @@ def linear_attention(attn: Any, mixer: str, config: PreTrainedConfig) -> LinearA
     if options.get("expand_kv"): dims = expand_kv(attn, dims)
     like = next(p for p in attn.parameters() if p.is_floating_point())
     return LinearAttention(attn, cls(dims, **options).to(device=like.device, dtype=like.dtype))
+
+# %% ../nbs/11_hosts.ipynb #b1f0a002
+def check_full(attn: Any, rope: bool = True, logit_scale: float | None = None) -> None:
+    "Raise `ValueError` if `attn` has no rotary embedding that `rope=False` could leave out, or `logit_scale` is not above 1."
+    if not rope and "position_embeddings" not in inspect.signature(type(attn).forward).parameters:
+        raise ValueError(f"{type(attn).__name__} has no rotary embedding to leave out; keep full_rope=True")
+    if logit_scale is not None and not (isinstance(logit_scale, (int, float)) and 1 < logit_scale < math.inf):
+        raise ValueError(f"logit_scale should be a number above 1, like HypeNet's 500, or None; got {logit_scale!r}")
+
+def _scaled(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaled: Any = None, **kwargs):
+    "The attention of `config`, with queries times `factor` `(1 or B, T)`."
+    factor, config, eager = scaled
+    own, module.config = module.config, config
+    try:
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        return attend(module, (query * factor[:, None, :, None]).to(query.dtype), key, value, attention_mask, **kwargs)
+    finally: module.config = own
+
+AttentionInterface.register("flashmorph_scaled", _scaled)
+
+class _FullHook:
+    "Changes the keywords of an attention module on their way in."
+    def __init__(self, attn: Any, rope: bool, logit_scale: float | None):
+        self.rope, self.logit_scale, self.shared = rope, logit_scale, attn.config
+        self.eager = sys.modules[type(attn).__module__].eager_attention_forward
+
+    def __call__(self, attn: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if not self.rope: kwargs |= _no_rotation(kwargs)
+        if self.logit_scale is None: return args, kwargs
+        hidden, positions = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], kwargs.get("position_ids")
+        if positions is None:
+            cache = find_cache(kwargs)
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + (0 if cache is None else cache.get_seq_length(attn.layer_idx))
+        factor = torch.ones_like(positions, dtype=torch.float32) if attn.training else (positions + self.logit_scale).log() / math.log(self.logit_scale)
+        return args, kwargs | {"scaled": (factor, self.shared, self.eager)}
+
+def adapt_full(attn: Any, rope: bool = True, logit_scale: float | None = None) -> None:
+    """Take the rotary embedding from `attn`, a teacher's attention module, or make its logits grow with the position t of the query, by
+    `log(t + logit_scale) / log(logit_scale)`, except in training mode (HypeNet, arXiv 2601.22156). Weights and their names stay as they are.
+
+    Raises `ValueError` if there is no rotary embedding, or `logit_scale` is not above 1."""
+    check_full(attn, rope, logit_scale)
+    if rope and logit_scale is None: return
+    attn.register_forward_pre_hook(_FullHook(attn, rope, logit_scale), with_kwargs=True)
+    if logit_scale is not None:
+        attn.config = copy.copy(attn.config)                                       # private, as in a linear layer
+        attn.config._attn_implementation = "flashmorph_scaled"
 
 # %% ../nbs/11_hosts.ipynb #c2abfb4d
 def _mask_hook(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

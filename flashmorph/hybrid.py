@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
-from .hosts import attention_modules, hand_mask_down, linear_attention, linear_slot
+from .hosts import adapt_full, attention_modules, hand_mask_down, linear_attention, linear_slot
 from .mixers import mixer_class, mixer_spec
 from .morph import GatedModel, MorphLayer, share
 
@@ -40,7 +40,8 @@ MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
             "tie_word_embeddings", "initializer_range", "use_cache")
 
 class HybridConfig(PreTrainedConfig):
-    """Configuration of a `HybridForCausalLM`: the `teacher`'s configuration, the name of the `mixer` with its options, and the `full_layers`.
+    """Configuration of a `HybridForCausalLM`: the `teacher`'s configuration, the name of the `mixer` with its options, and the `full_layers`; of these,
+    whether they have a rotary embedding, and a `logit_scale` for texts longer than those of the training (see `flashmorph.hosts.adapt_full`).
 
     Raises `ValueError` for an unknown mixer and for layers that do not exist."""
     model_type = "flashmorph_hybrid"
@@ -48,6 +49,8 @@ class HybridConfig(PreTrainedConfig):
     teacher: dict | PreTrainedConfig | None = None
     mixer: str = "lightning"
     full_layers: list | None = None
+    full_rope: bool = True
+    logit_scale: float | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.teacher, dict): self.teacher = AutoConfig.for_model(**self.teacher)
@@ -98,7 +101,9 @@ class HybridForCausalLM(_Host):
         self.host: Any = AutoModelForCausalLM.from_config(config.teacher) if host is None else host
         if host is None:
             for name, attn in attention_modules(self.host):
-                if attn.layer_idx not in (config.full_layers or ()): self.host.set_submodule(name, linear_attention(attn, config.mixer, self.host.config))
+                linear = attn.layer_idx not in (config.full_layers or ())
+                if linear: self.host.set_submodule(name, linear_attention(attn, config.mixer, self.host.config))
+                else: adapt_full(attn, config.full_rope, config.logit_scale)
         else:
             for module in self.host.modules(): module._is_hf_initialized = True                  # weights that `post_init` leaves alone
         hand_mask_down(self.host)
@@ -136,17 +141,23 @@ AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
 def commit(
     model: GatedModel,  # a morphable model; it is not changed
     layers: Any,  # which layers keep full attention: ints, or an object with `.layers`
+    *,
+    full_rope: bool = True,  # False: they lose their rotary embedding (HypeNet, arXiv 2601.22156), and have to be trained without
+    logit_scale: float | None = None,  # a number a: outside training, logits at position t grow by `log(t + a) / log(a)` (HypeNet: 500)
 ) -> HybridForCausalLM:  # with weights of its own, all trainable, in evaluation mode
     """Keep the full branch in `layers` and the linear branch elsewhere. Gates play no part.
 
-    Raises `ValueError` if `layers` are not layers of the model, each at most once."""
+    Raises `ValueError` if `layers` are not layers of the model, each at most once, if there is no rotary embedding to lose, or `logit_scale` is not above 1."""
     layers = check_layers(layers, model.num_layers)
     host: Any = share(model.host)
-    for name, layer in [(name, m) for name, m in host.named_modules() if isinstance(m, MorphLayer)]:
-        host.set_submodule(name, layer.full if layer.layer_idx in layers else layer.linear)
+    both = [(name, m) for name, m in host.named_modules() if isinstance(m, MorphLayer)]
+    kept = [name for name, layer in both if layer.layer_idx in layers]
+    for name, layer in both: host.set_submodule(name, layer.full if name in kept else layer.linear)
     host = copy.deepcopy(host).requires_grad_(True)
     host.config.dtype = host.dtype
-    config = HybridConfig(teacher=copy.deepcopy(host.config), mixer=model.mixer, full_layers=layers, dtype=host.dtype)
+    config = HybridConfig(teacher=copy.deepcopy(host.config), mixer=model.mixer, full_layers=layers, full_rope=full_rope, logit_scale=logit_scale,
+                          dtype=host.dtype)
+    for name in kept: adapt_full(host.get_submodule(name), full_rope, logit_scale)
     hybrid = HybridForCausalLM(config, host)
     if host.can_generate(): hybrid.generation_config = copy.deepcopy(host.generation_config)
     return hybrid.eval()

@@ -209,10 +209,10 @@ class MorphableModel(GatedModel):
         gradients are computed layer by layer, so only the activations of one branch are in memory. Gates play no part."""
         return _alignment_losses(self, input_ids, attention_mask, relative)
 
-    def commit(self, layers: Any) -> Any:
-        "The `HybridForCausalLM` with full attention in `layers` (ints, or an object with `.layers`): `flashmorph.hybrid.commit`."
+    def commit(self, layers: Any, **options) -> Any:
+        "The `HybridForCausalLM` with full attention in `layers` (ints, or an object with `.layers`): `flashmorph.hybrid.commit`, with its options."
         from flashmorph.hybrid import commit
-        return commit(self, layers)
+        return commit(self, layers, **options)
 
     def save_branches(self, file: str | os.PathLike) -> None:
         "Write the linear branches and the gates to `file` (safetensors): aside first, then renamed."

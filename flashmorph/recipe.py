@@ -18,6 +18,7 @@ from .distill import distill, finetune
 from .evaluate import Evaluation, evaluate
 from .fit import Callback, EventLog, FitConfig, write_aside
 from .gates import train_gates
+from .hosts import attention_modules, check_full
 from .hybrid import HybridForCausalLM
 from .mixers import mixer_class
 from .morph import MorphableModel, morph
@@ -58,7 +59,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 class Recipe:
     """A whole conversion: `budget` layers keep full attention (default: a quarter of them).
 
-    `compare` names further hybrids to build, train and evaluate in the same way.
+    `full_rope` and `logit_scale` are options of `commit`; `compare` names further hybrids to build, train and evaluate in the same way.
 
     The tables hold keywords of `text`, `passkeys`, `align`, `train_gates` (as `gates`), `distill`, `finetune` and `evaluate`;
     `text.passkeys` is the share of passkey books among the rows of stages 1 and 3. A stage with `steps = 0` is left out.
@@ -66,6 +67,8 @@ class Recipe:
     teacher: str = BUNDLED
     mixer: str = "lightning"
     budget: int | None = None
+    full_rope: bool = True
+    logit_scale: float | None = None
     seed: int = 0
     compare: tuple[str, ...] = ()
     text: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +136,7 @@ class _Conversion:
         self.fit: dict[str, Any] = {"folder": folder, "resume": True, "callbacks": list(callbacks), "progress": progress, "seed": recipe.seed}
         self.teacher, self.tokenizer = load_teacher(recipe.teacher)
         num_layers = self.teacher.config.num_hidden_layers
+        for _, attn in attention_modules(self.teacher): check_full(attn, recipe.full_rope, recipe.logit_scale)
         self.budget = check_budget(max(1, num_layers // 4) if recipe.budget is None else recipe.budget, num_layers)
         self.length = self.books(0).length       # a passkey setting that cannot work raises here, before anything is trained
         self.seconds: dict[str, float] = {}
@@ -183,7 +187,7 @@ def _search(run: _Conversion) -> tuple[MorphableModel, Selection]:
 
 def _repair(run: _Conversion, model: MorphableModel, name: str, layers: list[int]) -> tuple[HybridForCausalLM, dict[str, Any]]:
     "Commit to `layers`, then stages 3 and 4, with an evaluation before and after each."
-    hybrid = model.commit(layers)
+    hybrid = model.commit(layers, full_rope=run.recipe.full_rope, logit_scale=run.recipe.logit_scale)
     scores: dict[str, Any] = {"zero_shot": run.evaluate(hybrid, name, "zero_shot")}
     if run.recipe.distill.get("steps") != 0:
         run.say(f"distill {name}")

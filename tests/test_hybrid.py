@@ -323,3 +323,55 @@ def test_sharded_file(tmp_path):
     h.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(h, ids))
+
+
+@family
+def test_full_layers_for_longer_texts(name, tmp_path):
+    "No rotary embedding, and logits that grow with the position (HypeNet): caches, padding, files, training mode, and other ways to compute attention."
+    rope, kw = (True, dict(attn_pdrop=0.)) if name == "gpt2" else (False, {})                # nothing to leave out in GPT-2
+    h, plain = (commit(morphed(name, **kw), [1, 3], full_rope=rope, logit_scale=a) for a in (20, None))
+    ids, mask = tokens(T=11, pad=4)
+    out = same_generation(h, ids, attention_mask=mask)
+    alone = h.generate(ids[:1, 4:], max_new_tokens=16, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    close(torch.stack(out.logits)[:, :1], torch.stack(alone.logits), 5e-4)
+    expected = logits(h, ids, mask)
+    assert not torch.allclose(expected, logits(plain, ids, mask), atol=1e-3)
+    h.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert (again.config.full_rope, again.config.logit_scale) == (rope, 20)
+    real = mask.bool()
+    close(logits(again, ids, mask)[real], expected[real], 1e-4)
+    again.set_attn_implementation("sdpa" if name != "gemma2" else "eager")
+    for model in (again, copy.deepcopy(h)): assert torch.equal(logits(model, ids, mask), expected)
+    plain.save_pretrained(tmp_path)
+    later = AutoModelForCausalLM.from_pretrained(tmp_path, logit_scale=20)                   # said when loading only
+    if name != "gemma2": assert torch.equal(logits(later, ids, mask), expected)
+    for m in (*h.train().modules(), *plain.train().modules()):
+        if isinstance(m, torch.nn.Dropout): m.eval()
+    close(logits(h, ids, mask), logits(plain, ids, mask), 1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
+def test_full_layers_without_rope(name):
+    "All layers kept without rotary embedding are the teacher with one that rotates by nothing. It does not matter where the text stands then."
+    t = teacher(name)
+    h, (ids, mask) = commit(morph(t), range(4), full_rope=False), tokens(pad=5)
+    still = [b.zero_() for n, b in t.named_buffers() if "inv_freq" in n and "original" not in n]
+    assert still and torch.equal(logits(h, ids, mask), logits(t, ids, mask))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+def test_full_layers_for_longer_texts_compile(name):
+    h, (ids, mask) = commit(morphed(name), [1, 3], full_rope=False, logit_scale=20), tokens()
+    expected = h(ids, attention_mask=mask, use_cache=False).logits
+    got = torch.compile(h, backend="aot_eager", fullgraph=True)(ids, attention_mask=mask, use_cache=False).logits
+    close(got, expected)
+    for p, q in zip(*(torch.autograd.grad(x.sum(), [p for n, p in h.named_parameters() if "k_norm" in n]) for x in (got, expected))): close(p, q, 1e-4)
+    h.gradient_checkpointing_enable()
+    close(h.train()(ids, attention_mask=mask, use_cache=False).logits, commit(morphed(name), [1, 3], full_rope=False)(ids, attention_mask=mask).logits)
+
+
+def test_full_layers_that_cannot_be():
+    for name, options, word in (("gpt2", dict(full_rope=False), "no rotary embedding"), ("llama", dict(logit_scale=1), "above 1"),
+                                ("llama", dict(logit_scale="500"), "above 1")):
+        with pytest.raises(ValueError, match=word): commit(morphed(name), [1], **options)

@@ -79,7 +79,9 @@ def chunks(x: Tensor, n: int, fill: bool = True) -> list[Tensor]:
 # %% ../../nbs/01_ops.chunked.ipynb #d3aa5943
 class Workspace:
     "Memory by name, of the dtype and on the device of `like`. Whoever asks for a name again gets the same memory, and overwrites what was there."
-    def __init__(self, like: Tensor): self.like, self.kept = like, dict[str, Tensor]()
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.kept: dict[str, Tensor] = {}
 
     def empty(self, name: str, *shape: int) -> Tensor:
         x = self.kept.get(name)
