@@ -182,7 +182,8 @@ def linear_attention(attn: Any, mixer: str, config: PreTrainedConfig) -> LinearA
 
 # %% ../nbs/11_hosts.ipynb #b1f0a002
 def check_full(attn: Any, rope: bool = True, logit_scale: float | None = None) -> None:
-    "Raise `ValueError` if `attn` has no rotary embedding that `rope=False` could leave out, or `logit_scale` is not above 1."
+    "Raise `ValueError` if `attn` has no rotary embedding that `rope=False` could leave out, `rope` is no bool, or `logit_scale` is not above 1."
+    if not isinstance(rope, bool): raise ValueError(f"full_rope should be true or false, got {rope!r}")
     if not rope and "position_embeddings" not in inspect.signature(type(attn).forward).parameters:
         raise ValueError(f"{type(attn).__name__} has no rotary embedding to leave out; keep full_rope=True")
     if logit_scale is not None and not (isinstance(logit_scale, (int, float)) and 1 < logit_scale < math.inf):

@@ -353,7 +353,7 @@ def test_full_layers_for_longer_texts(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
 def test_full_layers_without_rope(name):
-    "All layers kept without rotary embedding are the teacher with one that rotates by nothing. It does not matter where the text stands then."
+    "All layers kept without rotary embedding are the teacher with one that rotates by nothing."
     t = teacher(name)
     h, (ids, mask) = commit(morph(t), range(4), full_rope=False), tokens(pad=5)
     still = [b.zero_() for n, b in t.named_buffers() if "inv_freq" in n and "original" not in n]
@@ -373,5 +373,5 @@ def test_full_layers_for_longer_texts_compile(name):
 
 def test_full_layers_that_cannot_be():
     for name, options, word in (("gpt2", dict(full_rope=False), "no rotary embedding"), ("llama", dict(logit_scale=1), "above 1"),
-                                ("llama", dict(logit_scale="500"), "above 1")):
+                                ("llama", dict(logit_scale="500"), "above 1"), ("llama", dict(full_rope="no"), "true or false")):
         with pytest.raises(ValueError, match=word): commit(morphed(name), [1], **options)
