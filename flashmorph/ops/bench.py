@@ -7,8 +7,9 @@ __all__ = ['SLOW', 'PATIENCE', 'UNITS', 'bench_inputs', 'contenders', 'timed', '
            'bench_lines', 'bench_figure']
 
 # %% ../../nbs/05_ops.bench.ipynb #889a4f97
-import os, platform, statistics, time, warnings
+import json, os, platform, statistics, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 import torch
@@ -67,6 +68,12 @@ def _call(run: Callable, inputs: tuple[Tensor, ...], d_out: Tensor | None) -> No
     out = run(*leaves)
     torch.autograd.grad(out, [x for x in leaves if x.requires_grad], d_out.to(out.dtype), allow_unused=True)
 
+def _calls(op: str, T: int, backward: bool, peers: bool, sizes: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Callable[[], None]]]:
+    "The inputs, and a call of each contender by name."
+    inputs = bench_inputs(op, T, **sizes)
+    d_out = torch.ones_like(inputs[2]) if backward else None
+    return inputs, {name: partial(_call, run, inputs, d_out) for name, run in contenders(op, inputs, peers).items()}
+
 def timed(call: Callable[[], Any], cuda: bool = False) -> float:
     "Seconds of one `call()`, on a CUDA device until it is really done."
     if cuda: torch.cuda.synchronize()
@@ -101,30 +108,53 @@ def ceilings(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[st
     def best(call): return min(timed(call, cuda) for _ in range(5))
     return {"flops": 2 * n**3 / best(lambda: a @ a), "bytes": 2 * b.nbytes / best(lambda: c.copy_(b))}
 
+# %% ../../nbs/05_ops.bench.ipynb #ecafc29c
+def _peaks(ops: list[str], lengths: list[int], peers: bool, sizes: dict[str, Any]) -> Iterable[tuple[tuple[str, int, bool, str], int]]:
+    "Bytes by op, T, whether with a backward pass, and contender."
+    for op in ops:
+        for T in lengths:
+            for backward in (False, True):
+                inputs, calls = _calls(op, T, backward, peers, sizes)
+                for name, call in calls.items(): yield (op, T, backward, name), peak_bytes(call, inputs[0].is_cuda)
+
+def _print_peaks() -> None:
+    "The other process."
+    ops, lengths, peers, sizes = json.loads(sys.argv[1])
+    for row in _peaks(ops, lengths, peers, sizes | {"dtype": getattr(torch, sizes["dtype"])}): print(json.dumps(row))
+
+def _memory(ops: list[str], lengths: list[int], peers: bool, sizes: dict[str, Any]) -> dict[tuple[Any, ...], int]:
+    "What `_peaks` yields. `ChildProcessError` with the last words of the other process if it fails."
+    if torch.device(sizes["device"]).type == "cuda": return dict(_peaks(ops, lengths, peers, sizes))
+    job = json.dumps([ops, lengths, peers, sizes | {"dtype": str(sizes["dtype"]).removeprefix("torch.")}])
+    run = subprocess.run([sys.executable, "-c", "from flashmorph.ops.bench import _print_peaks; _print_peaks()", job], capture_output=True, text=True,
+                         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)})
+    if run.returncode: raise ChildProcessError(f"measuring memory ended with status {run.returncode}: {(run.stderr.strip() or 'no message').splitlines()[-1]}")
+    return {tuple(key): peak for key, peak in (json.loads(line) for line in run.stdout.splitlines() if line.startswith("[["))}
+
 # %% ../../nbs/05_ops.bench.ipynb #14710903
 PATIENCE = 30.0           # seconds for contenders that take turns; after that three calls of each have to do
 
-def _rows(op: str, lengths: list[int], backward: bool, repeats: int, peers: bool, ceiling: dict[str, float], sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    calls, least = {}, {}
+def _rows(op: str, lengths: list[int], backward: bool, repeats: int, peers: bool, ceiling: dict[str, float], sizes: dict[str, Any],
+          memory: dict[tuple[Any, ...], int]) -> list[dict[str, Any]]:
+    calls: dict[tuple[int, str], Callable[[], None]] = {}
+    least = {}
     for T in lengths:
-        inputs = bench_inputs(op, T, **sizes)
-        (B, _, H, Dk), Dv, d_out, times = inputs[0].shape, inputs[2].shape[3], torch.ones_like(inputs[2]) if backward else None, 3 if backward else 1
+        inputs, some = _calls(op, T, backward, peers, sizes)
+        (B, _, H, Dk), Dv, times = inputs[0].shape, inputs[2].shape[3], 3 if backward else 1
         least[T] = times * max(4 * B * T * H * Dk * Dv / ceiling["flops"], sum(x.nbytes for x in (*inputs, inputs[2])) / ceiling["bytes"])
-        for name, run in contenders(op, inputs, peers).items():
-            calls[T, name] = lambda run=run, inputs=inputs, d_out=d_out: _call(run, inputs, d_out)
-    cuda = inputs[0].is_cuda
-    memory = {key: peak_bytes(call, cuda) for key, call in calls.items()}                 # also warms up
+        calls |= {(T, name): call for name, call in some.items()}
+    for call in calls.values(): call()                                                    # warms up
     seconds: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
     began, rows = time.perf_counter(), []
     for i in range(repeats):
         if i >= 3 and time.perf_counter() - began > PATIENCE: break
-        for key, call in calls.items(): seconds[key].append(timed(call, cuda))
+        for key, call in calls.items(): seconds[key].append(timed(call, inputs[0].is_cuda))
     for (T, name), taken in seconds.items():
         peer = next(other for length, other in calls if length == T)                      # none where it is too slow, or not installed
         median, ratio = statistics.median(taken), statistics.median(a / b for a, b in zip(taken, seconds[T, peer]))
         rows.append({"op": op, "impl": name, "T": T, "pass": "forward+backward" if backward else "forward", "ms": round(1e3 * median, 3),
                      "calls": len(taken), "ratio": None if peer in ("torch", "triton") else round(ratio, 4),
-                     "peak_mib": round(memory[T, name] / 2**20, 2), "share": None if name == "sdpa" else round(least[T] / median, 3)})
+                     "peak_mib": round(memory[op, T, backward, name] / 2**20, 2), "share": None if name == "sdpa" else round(least[T] / median, 3)})
     return rows
 
 # %% ../../nbs/05_ops.bench.ipynb #261ce33c
@@ -142,18 +172,20 @@ def bench_ops(
     """Time every form of each op and its peers, forward and forward+backward, taking turns. `ratio` is to the first row of its kind, the peer
     (`None` where it did not run). Without `peers` the lengths take turns too, so that their times can be compared.
 
-    Raises `ValueError` for an unknown op and for a device that is not there."""
+    Raises `ValueError` for an unknown op and for a device that is not there, and `ChildProcessError` if the process that measures memory fails."""
     ops, lengths = list(ops), list(lengths)
     for op in ops:
         if op not in FORMS: raise ValueError(f"unknown op {op!r}; there are: {', '.join(FORMS)}")
     cuda = torch.device(device).type == "cuda"
     if cuda and not torch.cuda.is_available(): raise ValueError("no CUDA device here; use device='cpu'")
-    ceiling, rows = ceilings(dtype, device), []
+    sizes = {"B": B, "H": H, "D": D, "dtype": dtype, "device": device}
+    say("memory")
+    memory, ceiling, rows = _memory(ops, lengths, peers, sizes), ceilings(dtype, device), []
     for op in ops:
         for together in [[T] for T in lengths] if peers else [lengths]:                   # without peers all lengths take turns
             for backward in (False, True):
                 say(f"{op}, {', '.join(map(str, together))} tokens, {'forward and backward' if backward else 'forward'}")
-                rows += _rows(op, together, backward, repeats, peers, ceiling, {"B": B, "H": H, "D": D, "dtype": dtype, "device": device})
+                rows += _rows(op, together, backward, repeats, peers, ceiling, sizes, memory)
     return {**machine(device), "dtype": str(dtype).removeprefix("torch."), "sizes": {"B": B, "H": H, "D": D}, "repeats": repeats,
             "ceilings": ceiling, "rows": rows}
 
