@@ -1,6 +1,6 @@
 """Execute notebooks in place, as they are kept in git: `python docs/execute.py nbs/10_name.ipynb ...`.
 
-What progress bars leave behind is dropped, and no state of widgets is stored."""
+What progress bars leave behind is dropped, printed lines of a cell are one output however they arrived, and no state of widgets is stored."""
 import re
 import sys
 from pathlib import Path
@@ -18,7 +18,8 @@ def main(paths: list[str]) -> None:
     for path in map(Path, paths):
         notebook = nbformat.read(path, 4)
         notebook.metadata.pop("widgets", None)
-        NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": path.parent}}).execute()
+        NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False, coalesce_streams=True,
+                       resources={"metadata": {"path": path.parent}}).execute()
         for cell in notebook.cells:
             if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not is_bar(o)]
         nbformat.write(notebook, path)
