@@ -18,6 +18,7 @@ DECAYS = {                                                    # of shape (B, T, 
     "strong": lambda *shape: torch.full(shape, -20.),
     "padding": lambda *shape: -torch.rand(shape) * (torch.rand(B, shape[1], *(1,) * (len(shape) - 2)) < 0.7),
     "extreme": lambda *shape: torch.where(torch.rand(shape) < 0.05, -1000., -0.01),
+    "mixed": lambda *shape: -torch.rand(shape) * torch.tensor([0.1, 20., 0.1, 2.])[torch.arange(shape[1]) // 64 % 4].view(-1, *(1,) * (len(shape) - 2)),
 }
 PER_HEAD = {"head none": lambda: torch.zeros(H), "head random": lambda: -torch.rand(H), "head ladder": lambda: lightning_log_decay(H),
             "head strong": lambda: torch.full((H,), -20.)}
@@ -134,12 +135,22 @@ def test_segments_change_nothing(op, monkeypatch):
     for a, b in zip(results(getattr(chunked, op), *x), whole): assert error(a, b.double()) < 1e-6
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_recording_changes_nothing(op, monkeypatch):
+    *x, S = inputs(op, 257)
+    monkeypatch.setattr(chunked, "SEGMENT", 1 << 12)
+    recorded = getattr(chunked, op)(*(t.requires_grad_() for t in x), state=S)
+    with torch.no_grad(): free = getattr(chunked, op)(*x, state=S)
+    assert all(a.requires_grad and not b.requires_grad and torch.equal(a, b) for a, b in zip(recorded, free, strict=True))
+
+
 @pytest.mark.parametrize("op,decay", CASES)
 def test_memory_is_used_again_only_when_it_is_free(op, decay, monkeypatch):
     "The same results where each request gets memory of its own, and where what was there becomes nan: nobody still needed it, nobody reads it."
     q, k, v, *rest, S = inputs(op, 257, decay)
-    x, empty = [q, k, v[..., :DK], *rest, S[..., :DK]], chunked.Workspace.empty                # of one width, to share as much as possible
+    x, empty, once = [q, k, v[..., :DK], *rest, S[..., :DK]], chunked.Workspace.empty, chunked.Workspace.once  # of one width, to share as much as possible
     monkeypatch.setattr(chunked, "SEGMENT", 1 << 12)
+    monkeypatch.setattr(chunked.Workspace, "once", lambda self, make, *n: make(self, *n) if make is chunked._whole else once(self, make, *n))
     monkeypatch.setattr(chunked.Workspace, "empty", lambda self, name, *shape: self.like.new_empty(shape))
     expected = results(getattr(chunked, op), *x)
     for refill in (lambda t: t, lambda t: t.fill_(torch.nan)):

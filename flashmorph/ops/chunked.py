@@ -82,11 +82,18 @@ class Workspace:
     def __init__(self, like: Tensor):
         self.like = like
         self.kept: dict[str, Tensor] = {}
+        self.made: dict[tuple[Any, ...], Any] = {}
 
     def empty(self, name: str, *shape: int) -> Tensor:
         x = self.kept.get(name)
         if x is None or x.shape != shape: x = self.kept[name] = self.like.new_empty(shape)
         return x
+
+    def once(self, make: Callable, *sizes: int) -> Any:
+        "What `make(self, *sizes)` returned the first time it was asked for."
+        found = self.made.get((make, *sizes))
+        if found is None: found = self.made[make, *sizes] = make(self, *sizes)
+        return found
 
     def copy(self, name: str, x: Tensor) -> Tensor: return self.empty(name, *x.shape).copy_(x)
 
@@ -144,14 +151,25 @@ def _lightning_back(new: Workspace, q: Tensor, k: Tensor, v: Tensor, decays: tup
 # %% ../../nbs/01_ops.chunked.ipynb #59b98cbd
 FLOOR = 1e-25            # what must be left at the end of a block for its decays to be divided by
 
+def _doubling(new: Workspace, N: int, B: int, H: int, C: int, D: int, b: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
+    """Room for what remains at each token `(N, B, H, C, D)`, in the order of the inputs: heads within tokens. Of blocks of 2, 4, ..., `b` tokens
+    the right half and the last token of the left one, whose product goes to the former. And log2 e."""
+    room, pairs, width = new.empty("since", N, B, C, H, D), [], 1
+    while width < b:
+        left, right = room.view(N * B, -1, 2, width, H * D).unbind(2)
+        pairs.append((right, left[:, :, -1:]))
+        width *= 2
+    return room.transpose(2, 3), pairs, new.like.new_full((1,), 1 / math.log(2))
+
 def _since(new: Workspace, log_decay: Tensor) -> Tensor:
     """What remains at each token of what came before its block, `(N, B, H, C / b, b, Dk)`. The blocks are the longest of b = C, 16 or 1 tokens
     that leave more than `FLOOR` in every channel; 1 inside `torch.compile`, which cannot look."""
-    def each(b): return new.copy("since", log_decay).mul_(1 / math.log(2)).exp2_().unflatten(3, (-1, b))      # exp2 takes half the time of exp
     for b in () if torch.compiler.is_compiling() else (log_decay.shape[3], min(16, log_decay.shape[3])):
-        since = each(b)
-        if torch.cumprod(since, 4, out=since)[..., -1, :].amin() > FLOOR: return since
-    return each(1)
+        since, pairs, log2_e = new.once(_doubling, *log_decay.shape, b)
+        torch.mul(log_decay, log2_e, out=since).exp2_()                                         # exp2 takes half the time of exp
+        for right, end in pairs: right.mul_(end)
+        if since[..., b - 1::b, :].amin().item() > FLOOR: return since.unflatten(3, (-1, b))
+    return new.copy("each", log_decay).exp_()[..., None, :]
 
 def _ladder(new: Workspace, q: Tensor, k: Tensor, since: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
     "A `(N, B, H, C, C)`, `since * q`, `until * k`, total `(N, B, H, Dk)`; and of each rung the right queries, left keys, first and second totals."
@@ -180,7 +198,32 @@ def _ladder(new: Workspace, q: Tensor, k: Tensor, since: Tensor) -> tuple[Tensor
         total, b = (first * second)[..., 0, :], 2 * b
     return A, q, k, total[..., 0, :], rungs
 
+# %% ../../nbs/01_ops.chunked.ipynb #59b98cbf
+def _whole(new: Workspace, N: int, B: int, H: int, C: int, Dk: int, Dv: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    "`_gla` for segments of this size, with `since` of whole chunks where `_since` left it."
+    rooms = [new.empty(name, N, B, H, C, D) for name, D in (("q since", Dk), ("k until", Dk), ("v", Dv), ("o", Dv), ("near", C))]
+    since, states = new.once(_doubling, N, B, H, C, Dk, C)[0], new.empty("before", N + 1, B, H, Dk, Dv)
+    total, at, (before, after) = since[..., -1:, :], states.unbind(0), (x.flatten(0, 2) for x in (states[:-1], states[1:]))
+    steps = list(zip(at, at[1:], total.mT.unbind(0)))
+    (q_since, k_until, v_here, o, A), (flat_q, flat_k, flat_v, flat_o, flat_A) = rooms, (x.flatten(0, 2) for x in rooms)
+    flat_kT = flat_k.mT
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float, S: Tensor) -> tuple[Tensor, Tensor]:
+        torch.mul(q, since, out=q_since)
+        torch.div(k, since, out=k_until)
+        torch.bmm(flat_q, flat_kT, out=flat_A)
+        A.tril_()
+        k_until.mul_(total)
+        v_here.copy_(v)
+        torch.bmm(flat_kT, flat_v, out=after)
+        at[0].copy_(S)
+        for last, here, kept in steps: here.addcmul_(kept, last)
+        torch.bmm(flat_q, before, out=flat_o)
+        torch.baddbmm(flat_o, flat_A, flat_v, beta=scale, alpha=scale, out=flat_o)
+        return o, at[-1].clone()
+    return run
+
 def _gla(new: Workspace, q: Tensor, k: Tensor, v: Tensor, since: Tensor, scale: float, S: Tensor) -> tuple[Tensor, Tensor]:
+    if since.shape[4] == q.shape[3] > 1: return new.once(_whole, *q.shape, v.shape[4])(q, k, v, scale, S)
     A, q, k, total, _ = _ladder(new, q, k, since)
     v = new.copy("v", v)
     before, S = scan(new, "before", S, total[..., None], k, v)
@@ -314,16 +357,22 @@ def _segments(op: _Op, new: Workspace, tensors: tuple[Tensor, ...]) -> list[tupl
     return list(zip(*parts))
 
 # %% ../../nbs/01_ops.chunked.ipynb #cffbbcb1
+def _forward(op: _Op, scale: float, S: Tensor, tensors: tuple[Tensor, ...], starts: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    "Output and final state; `starts` gets the state before each segment."
+    new = Workspace(S)
+    out = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+    for (q, k, v, g, *rest), room in zip(_segments(op, new, tensors), chunks(out, _length(tensors[0]), fill=False)):
+        if starts is not None: starts.append(S)
+        o, S = op.forward(new, q, k, v, g if isinstance(g, tuple) else op.decays(new, g), *rest, scale, S)
+        room.copy_(o if o.shape == room.shape else o[:, :, :, :room.shape[3]])
+    return out, S
+
 class _Segmented(torch.autograd.Function):
     "`apply(op, scale, state, q, k, v, log_decay, ...)` -> output, final state. Keeps the inputs and the state before each segment."
     @staticmethod
     def forward(ctx, op: _Op, scale: float, S: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        new, starts = Workspace(S), []
-        out = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
-        for (q, k, v, g, *rest), room in zip(_segments(op, new, tensors), chunks(out, _length(tensors[0]), fill=False)):
-            starts.append(S)
-            o, S = op.forward(new, q, k, v, g if isinstance(g, tuple) else op.decays(new, g), *rest, scale, S)
-            room.copy_(o[:, :, :, :room.shape[3]])
+        starts: list[Tensor] = []
+        out, S = _forward(op, scale, S, tensors, starts)
         ctx.save_for_backward(*tensors, *starts)
         ctx.op, ctx.scale, ctx.count = op, scale, len(tensors)
         return out, S
@@ -353,7 +402,7 @@ def _run(op: _Op, scale: float, state: Tensor | None, q: Tensor, k: Tensor, v: T
     dtype = compute_dtype(v)
     with torch.autocast(q.device.type, enabled=False):
         S = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype) if state is None else state.to(dtype)
-        return _Segmented.apply(op, scale, S, q, k, v, *gates)
+        return _Segmented.apply(op, scale, S, q, k, v, *gates) if torch.is_grad_enabled() else _forward(op, scale, S, (q, k, v, *gates))
 
 def lightning(
     q: Tensor,  # `(B, T, H, Dk)` queries
