@@ -59,19 +59,28 @@ def mixer_dims(attn: Any, config: PreTrainedConfig) -> MixerDims:
 def expand_kv(attn: Any, dims: MixerDims) -> MixerDims:
     """Give `attn` a key and a value head for each query head, copies of the one it shared: it computes what it did. Returns the new sizes.
 
-    Changes `attn`. Raises `ValueError` unless keys and values come from linear layers `k_proj` and `v_proj` of their own."""
+    Changes `attn`. Raises `ValueError` unless keys and values come from linear layers `k_proj` and `v_proj`, or from the end of a `qkv_proj`."""
     heads, old = dims.num_heads, dims.num_kv_heads
     if heads == old: return dims
-    def wide(x: Tensor) -> nn.Parameter:
-        return nn.Parameter(x.detach().unflatten(0, (old, -1)).repeat_interleave(heads // old, 0).flatten(0, 1), requires_grad=x.requires_grad)
-    for name, size in (("k_proj", dims.head_dim), ("v_proj", dims.value_dim)):
-        linear = getattr(attn, name, None)
-        if not isinstance(linear, nn.Linear) or linear.out_features != old * size:
-            raise ValueError(f"expand_kv needs keys and values from projections of their own, but {type(attn).__name__} has no such {name}; leave it out")
-        linear.weight, linear.out_features = wide(linear.weight), heads * size
-        if linear.bias is not None: linear.bias = wide(linear.bias)
-    if (norm := getattr(attn, "k_norm", None)) is not None and attn.q_norm.weight.numel() == heads * dims.head_dim: norm.weight = wide(norm.weight)
+    def wide(x: Tensor, kept: int, sizes: tuple[int, ...]) -> nn.Parameter:
+        "After `kept` rows, those of each shared head as often as it was shared: keys, values or both, with so many rows a head."
+        first, *parts = x.detach().split([kept, *(old * size for size in sizes)])
+        return nn.Parameter(torch.cat([first, *(part.unflatten(0, (old, -1)).repeat_interleave(heads // old, 0).flatten(0, 1) for part in parts)]),
+                            requires_grad=x.requires_grad)
+    queries, key, value = heads * dims.head_dim, dims.head_dim, dims.value_dim
+    fused = hasattr(attn, "qkv_proj")
+    layers = [("qkv_proj", queries, (key, value))] if fused else [("k_proj", 0, (key,)), ("v_proj", 0, (value,))]
+    for name, kept, sizes in layers:
+        linear, size = getattr(attn, name, None), kept + old * sum(sizes)
+        if not isinstance(linear, nn.Linear) or linear.out_features != size:
+            raise ValueError(f"expand_kv needs a linear layer {name} with {size} outputs, but {type(attn).__name__} has none; leave it out")
+    for name, kept, sizes in layers:
+        linear = getattr(attn, name)
+        linear.weight, linear.out_features = wide(linear.weight, kept, sizes), kept + heads * sum(sizes)
+        if linear.bias is not None: linear.bias = wide(linear.bias, kept, sizes)
+    if (norm := getattr(attn, "k_norm", None)) is not None and attn.q_norm.weight.numel() == queries: norm.weight = wide(norm.weight, 0, (key,))
     attn.num_key_value_groups = 1
+    if fused: attn.num_key_value_heads = heads                                             # it cuts the outputs by it
     return replace(dims, num_kv_heads=heads)
 
 # %% ../nbs/11_hosts.ipynb #41d2611a

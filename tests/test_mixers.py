@@ -104,7 +104,7 @@ def test_cost(spec):
     assert few != many and few == cost(c, [0], context=1000, mixer=mixer_spec(spec))
 
 
-GROUPED = ("qwen3", "qwen3-bias", "qwen3-wide-heads", "llama", "llama-one-kv-head", "qwen2", "mistral", "qwen3_moe", "gemma2", "gemma3_text", "olmo2")
+GROUPED = ("qwen3", "qwen3-bias", "phi3", "qwen3-wide-heads", "llama", "llama-one-kv-head", "qwen2", "mistral", "qwen3_moe", "gemma2", "gemma3_text", "olmo2")
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_heads_of_ones_own(name, tmp_path):
@@ -114,7 +114,8 @@ def test_heads_of_ones_own(name, tmp_path):
     narrow.gates = wide.gates = 0
     close(logits(wide, ids, mask), logits(narrow, ids, mask), 1e-4)
     wide.alignment_losses(ids, mask).sum().backward()
-    grads = wide.layers[0].linear.attn.k_proj.weight.grad.unflatten(0, (4, -1))
+    attn, dims = wide.layers[0].linear.attn, wide.layers[0].linear.mixer.dims
+    grads = (attn.qkv_proj.weight.grad[4 * dims.head_dim:].chunk(2)[0] if name == "phi3" else attn.k_proj.weight.grad).unflatten(0, (4, -1))
     assert not any(torch.allclose(grads[i], grads[j]) for i in range(4) for j in range(i))
     for layer in wide.layers: shake(layer.linear, 0.1)
     h = commit(wide, [1])
@@ -132,8 +133,11 @@ def test_nothing_to_expand(name):
     assert {n: p.shape for n, p in narrow.named_parameters()} == {n: p.shape for n, p in wide.named_parameters()}
 
 
-def test_fused_projections_cannot_be_expanded():
-    with pytest.raises(ValueError, match="Phi3Attention has no such k_proj"): morph(teacher("phi3"), "lightning(expand_kv=True)")
+def test_unknown_projections_cannot_be_expanded():
+    model = teacher("phi3")
+    attn = model.model.layers[0].self_attn
+    attn.qkv_proj = torch.nn.Sequential(attn.qkv_proj)
+    with pytest.raises(ValueError, match="a linear layer qkv_proj with .* outputs, but Phi3Attention has none"): morph(model, "lightning(expand_kv=True)")
 
 
 def test_options():
