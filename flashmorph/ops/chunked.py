@@ -223,7 +223,8 @@ def _whole(new: Workspace, N: int, B: int, H: int, C: int, Dk: int, Dv: int) -> 
     return run
 
 def _gla(new: Workspace, q: Tensor, k: Tensor, v: Tensor, since: Tensor, scale: float, S: Tensor) -> tuple[Tensor, Tensor]:
-    if since.shape[4] == q.shape[3] > 1: return new.once(_whole, *q.shape, v.shape[4])(q, k, v, scale, S)
+    if since.shape[4] == q.shape[3] > 1:                                                      # a single token's decay is not divided by
+        return new.once(_whole, *q.shape, v.shape[4])(q, k, v, scale, S)
     A, q, k, total, _ = _ladder(new, q, k, since)
     v = new.copy("v", v)
     before, S = scan(new, "before", S, total[..., None], k, v)
