@@ -91,7 +91,7 @@ class Index:
             found = [Symbol(module, node.name, node, source) for node in public(tree.body)]
             self.modules[module] = ast.get_docstring(tree) or "", found
             self.symbols |= {s.full: s for top in found for s in (top, *top.methods)}
-            if module == package.name:                                                   # from flashmorph.morph import morph
+            if module == package.name:                                                   # from flashmorph.model.morph import morph
                 self.top = {a.name: f"{n.module}.{a.name}" for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
 
     def resolve(self, name: str, module: str = "") -> str | None:

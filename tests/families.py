@@ -2,8 +2,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flashmorph.hybrid import commit
-from flashmorph.morph import morph
+from flashmorph.model.morph import commit
+from flashmorph.model.morph import morph
 
 VOCAB = 97
 _common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

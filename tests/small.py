@@ -5,9 +5,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flashmorph.recipe import Recipe
-from flashmorph.teacher import build_tokenizer
-from flashmorph.text import Stories
+from flashmorph.run.recipe import Recipe
+from flashmorph.model.teacher import build_tokenizer
+from flashmorph.data.text import Stories
 
 
 def save_teacher(folder: Path, family: str = "qwen3", tokenizer=None, **kwargs) -> Path:

@@ -8,11 +8,11 @@ import torch
 from small import other_tokenizer, save_teacher, small_recipe
 from transformers import AutoTokenizer
 
-from flashmorph.cli import app
-from flashmorph.evaluate import evaluate
-from flashmorph.recipe import convert, load_recipe, recipe_toml
-from flashmorph.select import Selection
-from flashmorph.teacher import load_model, load_teacher
+from flashmorph.run.cli import app
+from flashmorph.measure.evaluate import evaluate
+from flashmorph.run.recipe import convert, load_recipe, recipe_toml
+from flashmorph.selection import Selection
+from flashmorph.model.teacher import load_model, load_teacher
 
 FRESH = """
 import json, sys, torch

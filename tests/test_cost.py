@@ -1,4 +1,4 @@
-"flashmorph.cost against real models: what is counted from a configuration has to be found in memory and by PyTorch's counter."
+"flashmorph.measure.cost against real models: what is counted from a configuration has to be found in memory and by PyTorch's counter."
 import random
 import time
 
@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config, Qwen3MoeConfig
 
-from flashmorph.cost import CostModel, budget_costs, cost
-from flashmorph.hybrid import commit
-from flashmorph.morph import morph
+from flashmorph.measure.cost import CostModel, budget_costs, cost
+from flashmorph.model.morph import commit
+from flashmorph.model.morph import morph
 
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
          "vocab_size": 61, "attn_implementation": "eager"}

@@ -9,9 +9,9 @@ from small import other_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flashmorph.retrieval import Passkeys, encode_piece, ordinal, passkeys
-from flashmorph.teacher import build_tokenizer
-from flashmorph.text import Stories, documents, text
+from flashmorph.data.passkeys import Passkeys, encode_piece, ordinal, passkeys
+from flashmorph.model.teacher import build_tokenizer
+from flashmorph.data.text import Stories, documents, text
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

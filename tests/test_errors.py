@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from small import save_teacher, small_recipe
 from typer.testing import CliRunner
 
-from flashmorph.cli import app
-from flashmorph.fit import Checkpoints
-from flashmorph.gates import GateRun
-from flashmorph.recipe import convert, load_recipe, recipe_from_dict, recipe_toml
-from flashmorph.teacher import load_teacher
+from flashmorph.run.cli import app
+from flashmorph.store import Checkpoints
+from flashmorph.choose.gates import GateRun
+from flashmorph.run.recipe import convert, load_recipe, recipe_from_dict, recipe_toml
+from flashmorph.model.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_teacher_missing(tmp_path):
 
 
 def test_teacher_of_an_unsupported_family(tmp_path):
-    from flashmorph.teacher import build_tokenizer
+    from flashmorph.model.teacher import build_tokenizer
     from transformers import BloomConfig, BloomForCausalLM
     tokenizer = build_tokenizer()
     BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from families import FAMILIES, close, shake, teacher, tokens
-from flashmorph import hosts
-from flashmorph.mixers import Lightning, MixerDims, make_mixer
-from flashmorph.morph import morph
+from flashmorph.model import hosts
+from flashmorph.model.mixers import Lightning, MixerDims, make_mixer
+from flashmorph.model.morph import morph
 from flashmorph.ops import reference
 
 family = pytest.mark.parametrize("name", list(FAMILIES))

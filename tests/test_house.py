@@ -14,9 +14,6 @@ NBS = ROOT / "nbs"
 
 # Notebooks that export nothing: pages to read.
 PAGES = {"index.ipynb", "benchmarks.ipynb"}
-# Imports of a later chapter, each inside a function and with its reason: (from, to).
-FORWARD = {("morph", "hybrid"): "MorphableModel.commit(layers) reads better than a function of two chapters later",
-           ("gates", "select"): "GateRun.select(budget) reads better than a function of the next chapter"}
 FRAME = {"settings.ini", "setup.py", "nbs", "flashmorph", "tests", "docs", "README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md",
          "Makefile", "MANIFEST.in", "constraints.txt", "pyproject.toml"}
 LIGHT = {"plotly", "fla", "triton", "datasets", "ipywidgets", "anywidget", "nbdev"}  # what `import flashmorph` must not bring in
@@ -78,13 +75,7 @@ def test_imports_only_smaller_numbers(nb):
     for node in nb.nodes():
         for module in modules_imported(node):
             assert module in NUMBER, f"no notebook exports that; write `from flashmorph.module import name`: {ast.unparse(node)}"
-            ok = NUMBER[module] < nb.number or (nb.module, module) in FORWARD
-            assert ok, f"{nb.number:02} imports {NUMBER[module]:02}: {ast.unparse(node)}"
-
-
-def test_forward_imports_are_inside_functions():
-    top = {(nb.module, m) for nb in CHAPTERS for s in nb.exported for node in ast.parse(s).body for m in modules_imported(node)}
-    assert not top & FORWARD.keys()
+            assert NUMBER[module] < nb.number, f"{nb.number:02} imports {NUMBER[module]:02}: {ast.unparse(node)}"
 
 
 def test_chapters_have_their_own_numbers_and_modules():
@@ -163,6 +154,6 @@ def test_import_is_light():
 
 
 def test_public_names_are_what_a_user_calls():
-    "`flashmorph.text` is the function, even though a module of that name exists."
+    "`flashmorph.data.text` is the function, even though a module of that name exists."
     import flashmorph
     assert all(callable(getattr(flashmorph, name)) for name in flashmorph.__all__)

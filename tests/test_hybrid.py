@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, masking_utils
 
 from families import FAMILIES, VARIANTS, close, hybrid, morphed, shake, teacher, tokens
-from flashmorph.hosts import StateLayer
-from flashmorph.hybrid import HybridConfig, HybridForCausalLM, check_layers, commit
-from flashmorph.morph import morph
+from flashmorph.model.hosts import StateLayer
+from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
+from flashmorph.selection import check_layers
+from flashmorph.model.morph import commit
+from flashmorph.model.morph import morph
 
 family = pytest.mark.parametrize("name", list(FAMILIES))
 everyone = pytest.mark.parametrize("name", sorted({*FAMILIES, *VARIANTS}))
@@ -125,7 +127,7 @@ def test_fresh_process(tmp_path):
     h.save_pretrained(tmp_path)
     torch.save((ids, mask, logits(h, ids, mask), h.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY)), tmp_path / "expected.pt")
     program = """if True:
-        import sys, torch, flashmorph.hybrid
+        import sys, torch, flashmorph.model.hybrid
         from transformers import AutoModelForCausalLM
         ids, mask, logits, tokens = torch.load(sys.argv[1] + "/expected.pt")
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1])

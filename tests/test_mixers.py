@@ -4,12 +4,13 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from families import close, shake, teacher, tokens
-from flashmorph.align import align
-from flashmorph.cost import cost
-from flashmorph.gates import train_gates
-from flashmorph.hybrid import HybridConfig, commit
-from flashmorph.mixers import MIXERS, Mixer, MixerDims, make_mixer, mixer_spec, register_mixer, repeat_heads
-from flashmorph.morph import morph
+from flashmorph.train.align import align
+from flashmorph.measure.cost import cost
+from flashmorph.choose.gates import train_gates
+from flashmorph.model.hybrid import HybridConfig
+from flashmorph.model.morph import commit
+from flashmorph.model.mixers import MIXERS, Mixer, MixerDims, make_mixer, mixer_spec, register_mixer, repeat_heads
+from flashmorph.model.morph import morph
 
 SPECS = ("lightning", "gla", "gdn", "lightning(conv=2)", "gdn(conv=3, rope=False)")
 every = pytest.mark.parametrize("spec", SPECS)
@@ -187,7 +188,7 @@ def test_a_mixer_of_ones_own(mean, tmp_path):
 
 
 def test_more_than_two_states_are_refused():
-    from flashmorph.hosts import StateLayer
+    from flashmorph.model.hosts import StateLayer
     with pytest.raises(ValueError, match="one or two tensors"): StateLayer().store((torch.zeros(1),) * 3, 1)
 
 

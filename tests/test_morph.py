@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, VARIANTS, close, hybrid, morphed, shake, teacher, tokens
-from flashmorph.hybrid import commit
-from flashmorph.morph import MorphLayer, morph, share
+from flashmorph.model.morph import commit
+from flashmorph.model.morph import MorphLayer, morph, share
 
-morph_module = importlib.import_module("flashmorph.morph")             # `flashmorph.morph` is the function
+morph_module = importlib.import_module("flashmorph.model.morph")
 family = pytest.mark.parametrize("name", list(FAMILIES))
 everyone = pytest.mark.parametrize("name", sorted({*FAMILIES, *VARIANTS}))
 

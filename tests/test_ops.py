@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashmorph.mixers import lightning_log_decay
+from flashmorph.model.mixers import lightning_log_decay
 from flashmorph.ops import chunked, dispatch, reference
 
 LENGTHS = (1, 2, 63, 64, 65, 257, 1000)

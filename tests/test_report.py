@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from flashmorph.fit import EventLog
-from flashmorph.gates import GateRun
-from flashmorph.hybrid import HybridConfig
-from flashmorph.report import results_table, write_report
-from flashmorph.select import Selection
+from flashmorph.store import EventLog
+from flashmorph.choose.gates import GateRun
+from flashmorph.model.hybrid import HybridConfig
+from flashmorph.show.report import results_table, write_report
+from flashmorph.selection import Selection
 
 EVIL = "</script></pre><script>window.bad = 1</script><img src=x onerror='window.bad = 1'><b>&amp;[red]"
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from small import save_teacher, small_recipe
 
-from flashmorph.fit import EventLog
-from flashmorph.recipe import recipe_toml
+from flashmorph.store import EventLog
+from flashmorph.run.recipe import recipe_toml
 
 STEPS = 40
 STAGES = ("align", "gates", "distill-flashmorph", "finetune-flashmorph")
@@ -22,7 +22,7 @@ STAGES = ("align", "gates", "distill-flashmorph", "finetune-flashmorph")
 
 def start(*args: str) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", "from flashmorph.cli import app; app()", "convert", *map(str, args)], env=env, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", "from flashmorph.run.cli import app; app()", "convert", *map(str, args)], env=env, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
 

@@ -112,9 +112,9 @@ def test_every_page_shows_without_trouble_and_draws_its_figures(site, tab, addre
 def test_search_finds_a_symbol_and_its_description(tab, address):
     tab.goto(address + "search.html?q=train_gates")
     tab.wait_for_selector("#search-results li a")
-    found = tab.locator("#search-results li a[href*='flashmorph.gates.train_gates']")
+    found = tab.locator("#search-results li a[href*='flashmorph.choose.gates.train_gates']")
     found.first.click()
-    tab.wait_for_selector("dt[id='flashmorph.gates.train_gates']:visible")
+    tab.wait_for_selector("dt[id='flashmorph.choose.gates.train_gates']:visible")
     tab.goto(address + "index.html")
     tab.fill("input.sidebar-search", "morphable")
     tab.press("input.sidebar-search", "Enter")

@@ -9,10 +9,10 @@ import torch
 from browser import LabPage, chromium, jupyterlab, open_page
 from transformers import AutoConfig
 
-from flashmorph.gates import GateRun
-from flashmorph.recall import RecallGrid
-from flashmorph.select import Selection, top_k
-from flashmorph.widgets import BudgetExplorer, GateMonitor, RecallMap, SelectionCompare
+from flashmorph.choose.gates import GateRun
+from flashmorph.results import RecallGrid
+from flashmorph.selection import Selection, top_k
+from flashmorph.show.widgets import BudgetExplorer, GateMonitor, RecallMap, SelectionCompare
 
 pytestmark = pytest.mark.browser
 TUTORIAL = Path(__file__).resolve().parent.parent / "nbs/tutorials/03_budget.ipynb"
