@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flashmorph.run.recipe import Recipe
-from flashmorph.model.teacher import build_tokenizer
+from flashmorph.run.pretrain import build_tokenizer
 from flashmorph.data.text import Stories
 
 

@@ -75,7 +75,7 @@ def test_teacher_missing(tmp_path):
 
 
 def test_teacher_of_an_unsupported_family(tmp_path):
-    from flashmorph.model.teacher import build_tokenizer
+    from flashmorph.run.pretrain import build_tokenizer
     from transformers import BloomConfig, BloomForCausalLM
     tokenizer = build_tokenizer()
     BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)

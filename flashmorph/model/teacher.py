@@ -4,39 +4,19 @@
 
 # %% ../../nbs/37_model.teacher.ipynb #f1f1ebf0
 from __future__ import annotations
-import re, string
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .hosts import check_host
-from ..data.passkeys import NATO, BookTemplate, ordinal
-from ..data.text import COLOURS, EVENTS, FACTS, MOODS, NAMES, PLACES, THINGS, TIMES, TRADES
 
 # %% auto #0
-__all__ = ['BUNDLED', 'build_tokenizer', 'load_model', 'load_teacher']
-
-# %% ../../nbs/37_model.teacher.ipynb #638a065e
-BUNDLED = "bundled"
-
-def build_tokenizer() -> PreTrainedTokenizerBase:
-    "The bundled teacher's tokenizer: one token per word of the stories and passkey books, letters and bytes for everything else."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    template = BookTemplate()
-    known = [*NAMES, *TRADES, *PLACES, *COLOURS, *THINGS, *TIMES, *MOODS, *FACTS, *EVENTS, *NATO, *(ordinal(n) for n in range(1, 11)),
-             *(getattr(template, f) for f in template.__dataclass_fields__)]
-    words = sorted(set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", " ".join(known)))) - set(string.ascii_letters))
-    special, single = ["<pad>", "<eos>", "<unk>"], list(string.ascii_letters + string.digits + ".,?!:;'\"-()\n")
-    scores = {**dict.fromkeys(special, 0.0), "▁": -5.0, **{f"<0x{i:02X}>": -10.0 for i in range(256)},
-              **dict.fromkeys(("▁" + w for w in words), -1.0), **dict.fromkeys(single, -5.0)}
-    tok = Tokenizer(models.Unigram(list(scores.items()), unk_id=2, byte_fallback=True))
-    tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
-    tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="first"), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False)
+__all__ = ['BUNDLED', 'load_model', 'load_teacher']
 
 # %% ../../nbs/37_model.teacher.ipynb #5a8efc3a
+BUNDLED = "bundled"
+
 def load_model(name: str | Path, *, dtype: torch.dtype | str | None = None, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Any causal language model with its tokenizer, hybrids included: `"bundled"`, a local folder, or a Hugging Face model id. In eval mode.
 

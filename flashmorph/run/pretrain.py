@@ -4,24 +4,64 @@
 
 # %% ../../nbs/83_run.pretrain.ipynb #1ab6a31c
 from __future__ import annotations
-import json
+import json, re, string
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from ..train.distill import finetune
 from ..measure.evaluate import evaluate
 from ..store import write_aside
-from ..data.passkeys import NATO, encode_piece, passkeys
+from ..data.passkeys import NATO, BookTemplate, encode_piece, ordinal, passkeys
 from ..data.mixture import Mixture
-from ..model.teacher import build_tokenizer
-from ..data.text import text
+from flashmorph.data.text import (
+    COLOURS, EVENTS, FACTS, MOODS, NAMES, PLACES, THINGS, TIMES, TRADES, text,
+)
 
 # %% auto #0
-__all__ = ['TASK', 'GROWTH', 'PHASES', 'Echoes', 'teacher_config', 'use_layers', 'pretrain']
+__all__ = ['TASK', 'GROWTH', 'PHASES', 'known_words', 'build_tokenizer', 'Echoes', 'teacher_config', 'use_layers', 'pretrain']
+
+# %% ../../nbs/83_run.pretrain.ipynb #4f32506c
+def known_words() -> list[str]:
+    "Every word of two letters or more that the stories, the passkeys and the template of the books can use, sorted."
+    template = BookTemplate()
+    pieces = [
+        *chain(NAMES, TRADES, PLACES, COLOURS, THINGS, TIMES, MOODS, FACTS, EVENTS, NATO),
+        *(ordinal(n) for n in range(1, 11)),
+        *(getattr(template, field.name) for field in fields(template)),
+    ]
+    # The pieces are sentences with placeholders such as {name}, which are no words.
+    plain = re.sub(r"\{\w+\}", "", " ".join(pieces))
+    words = set(re.findall(r"[A-Za-z]+", plain))
+    return sorted(words - set(string.ascii_letters))
+
+# %% ../../nbs/83_run.pretrain.ipynb #578f2984
+def build_tokenizer() -> PreTrainedTokenizerBase:
+    "The bundled teacher's tokenizer: a token for each word of its texts, letters and bytes for everything else."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # The vocabulary, in the order of its ids, each token with its score.
+    scores = dict.fromkeys(("<pad>", "<eos>", "<unk>"), 0.0)
+    scores["▁"] = -5.0
+    scores |= {f"<0x{byte:02X}>": -10.0 for byte in range(256)}
+    scores |= {f"▁{word}": -1.0 for word in known_words()}
+    scores |= dict.fromkeys(string.ascii_letters + string.digits + ".,?!:;'\"-()\n", -5.0)
+
+    # "▁" stands for the space before a word.
+    tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=2, byte_fallback=True))
+    space = {"replacement": "▁", "prepend_scheme": "first"}
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**space)
+    steps = [decoders.ByteFallback(), decoders.Metaspace(**space), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 # %% ../../nbs/83_run.pretrain.ipynb #1b1c1207
 class Echoes:
