@@ -6,7 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from families import FAMILIES, close, shake, teacher, tokens
-from flashmorph.model import hosts
+from flashmorph.model import hosts, layers
+from flashmorph.model.cache import StateLayer
 from flashmorph.model.mixers import Lightning, MixerDims, make_mixer
 from flashmorph.model.morph import morph
 from flashmorph.ops import reference
@@ -26,8 +27,8 @@ def linear(name, **kw):
     "A host with every layer linear, made by hand."
     model = teacher(name, **kw)
     for path, attn in hosts.attention_modules(model):
-        model.set_submodule(path, shake(hosts.linear_attention(attn, "lightning", model.config), 0.1))
-    hosts.hand_mask_down(model)
+        model.set_submodule(path, shake(layers.linear_attention(attn, "lightning", model.config), 0.1))
+    layers.hand_mask_down(model)
     return model
 
 
@@ -85,10 +86,10 @@ def test_only_the_softmax_is_replaced(name):
         o = torch.cat(o, 2).flatten(2)
         return (o / (o.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).view(*o.shape[:2], n, -1), None       # gate neutral, norm weight 1
 
-    hosts.AttentionInterface.register("by_hand", by_hand)
+    layers.AttentionInterface.register("by_hand", by_hand)
     for _, attn in hosts.attention_modules(model):
         args, kwargs = seen[attn.layer_idx]
-        twin = hosts.linear_attention(copy.deepcopy(attn), "lightning", model.config)
+        twin = layers.linear_attention(copy.deepcopy(attn), "lightning", model.config)
         attn.config = copy.copy(attn.config)
         attn.config._attn_implementation = "by_hand"
         with torch.no_grad(): close(twin(*args, **kwargs, linear_mask=None)[0], attn(*args, **kwargs)[0], 1e-4)
@@ -106,7 +107,7 @@ def test_padding_and_chunked_prefill(name):
         for a, b in ((0, 5), (5, 14), (14, 15), (15, 21)):                                  # the padding crosses the first cut
             parts.append(model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True).logits)
     close(one[mask.bool()], torch.cat(parts, 1)[mask.bool()], 2e-4)
-    assert [type(slot) for slot in cache.layers] == [hosts.StateLayer] * 4 and cache.get_seq_length() == 21
+    assert [type(slot) for slot in cache.layers] == [StateLayer] * 4 and cache.get_seq_length() == 21
 
 
 @pytest.mark.parametrize("name,kw,scale", [("gemma2", dict(query_pre_attn_scalar=32), 32 ** -0.5), ("qwen3", {}, 8 ** -0.5),
@@ -148,7 +149,7 @@ def test_mask_reaches_direct_calls_of_the_decoder():
 
 def test_hook_is_set_once():
     model = linear("llama")
-    for _ in range(3): hosts.hand_mask_down(model)
+    for _ in range(3): layers.hand_mask_down(model)
     assert len(model.base_model._forward_pre_hooks) == 1
     assert len(copy.deepcopy(model).base_model._forward_pre_hooks) == 1
     model(tokens()[0])
@@ -175,7 +176,7 @@ def test_backward_through_a_cache():
 
 
 def test_slot():
-    slot = hosts.StateLayer()
+    slot = StateLayer()
     assert slot.state is None and slot.get_seq_length() == 0 and slot.get_mask_sizes(3) == (3, 0)
     slot.batch_repeat_interleave(2)
     state = torch.randn(2, 4, 8, 8)
@@ -191,7 +192,7 @@ def test_slot():
 
 def test_half_precision_branch_follows_the_teacher():
     model = teacher("qwen3").bfloat16()
-    layer = hosts.linear_attention(hosts.attention_modules(model)[0][1], "lightning", model.config)
+    layer = layers.linear_attention(hosts.attention_modules(model)[0][1], "lightning", model.config)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16} and isinstance(layer.mixer, Lightning)
 
 

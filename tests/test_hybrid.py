@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, masking_utils
 
 from families import FAMILIES, VARIANTS, close, hybrid, morphed, shake, teacher, tokens
-from flashmorph.model.hosts import StateLayer
+from flashmorph.model.cache import StateLayer
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
 from flashmorph.selection import check_layers
 from flashmorph.model.morph import commit

@@ -188,7 +188,7 @@ def test_a_mixer_of_ones_own(mean, tmp_path):
 
 
 def test_more_than_two_states_are_refused():
-    from flashmorph.model.hosts import StateLayer
+    from flashmorph.model.cache import StateLayer
     with pytest.raises(ValueError, match="one or two tensors"): StateLayer().store((torch.zeros(1),) * 3, 1)
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from ..model.hosts import attention_modules, linear_attention, mixer_dims, supported_families
+from ..model.hosts import attention_modules, mixer_dims, supported_families
+from ..model.layers import linear_attention
 from ..model.hybrid import HybridConfig
 from ..selection import check_layers
 from ..model.mixers import MixerDims, State, make_mixer, mixer_class

@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
-from .hosts import adapt_full, attention_modules, hand_mask_down, linear_attention, linear_slot
+from .cache import linear_slot
+from .hosts import attention_modules
+from .layers import adapt_full, hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
 from ..selection import check_layers
 
@@ -22,7 +24,7 @@ MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
 
 class HybridConfig(PreTrainedConfig):
     """Configuration of a `HybridForCausalLM`: the `teacher`'s configuration, the name of the `mixer` with its options, and the `full_layers`; of these,
-    whether they have a rotary embedding, and a `logit_scale` for texts longer than those of the training (see `flashmorph.model.hosts.adapt_full`).
+    whether they have a rotary embedding, and a `logit_scale` for texts longer than those of the training (see `flashmorph.model.layers.adapt_full`).
 
     Raises `ValueError` for an unknown mixer and for layers that do not exist."""
     model_type = "flashmorph_hybrid"

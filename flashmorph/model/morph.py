@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from .hosts import LinearAttention, adapt_full, attention_modules, check_host, find_cache, hand_mask_down, linear_attention
+from .cache import find_cache
+from .hosts import attention_modules, check_host
 from .hybrid import HybridConfig, HybridForCausalLM
+from .layers import LinearAttention, adapt_full, hand_mask_down, linear_attention
 from .mixers import mixer_spec
 from ..ops.reference import compute_dtype
 from ..selection import check_layers

@@ -20,7 +20,8 @@ from ..measure.evaluate import evaluate
 from ..train.fit import Callback, FitConfig
 from ..store import EventLog, write_aside
 from ..choose.gates import train_gates
-from ..model.hosts import attention_modules, check_full
+from ..model.hosts import attention_modules
+from ..model.layers import check_full
 from ..model.hybrid import HybridForCausalLM
 from ..model.mixers import mixer_class
 from ..model.morph import MorphableModel, morph
