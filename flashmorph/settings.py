@@ -113,7 +113,7 @@ class Settings:
                 value = converted(value, kind)
                 fits = value is None or isinstance(value, (tuple, Settings)) or rule.allows(value)
             except TypeError: fits = False
-            if not fits: raise ValueError(f"{self.name(f.name)}: expected {expected(kind, rule)}, got {value!r}")
+            if not fits: raise ValueError(f"{self.full_name(f.name)}: expected {expected(kind, rule)}, got {value!r}")
             object.__setattr__(self, f.name, value)
         self.check()
 
@@ -121,10 +121,10 @@ class Settings:
         "What concerns more than one setting; subclasses raise `ValueError`."
 
     @classmethod
-    def name(cls, key: str) -> str: return f"{cls.table}.{key}" if cls.table else key
+    def full_name(cls, key: str) -> str: return f"{cls.table}.{key}" if cls.table else key
 
     @classmethod
-    def keys(cls) -> list[str]: return [f.name for f in fields(cls)]    # type: ignore[arg-type]
+    def setting_names(cls) -> list[str]: return [f.name for f in fields(cls)]    # type: ignore[arg-type]
 
     @classmethod
     def make(cls, values: Mapping[str, Any] | Self | None = None, /, **more: Any) -> Self:
@@ -133,5 +133,5 @@ class Settings:
         before: Mapping[str, Any] = vars(values) if isinstance(values, cls) else typing.cast(Mapping, values or {})
         given = {**before, **more}
         for key in given:
-            if key not in cls.keys(): raise ValueError(f"unknown setting {cls.name(key)}; {nearest(key, cls.keys())}")
+            if key not in cls.setting_names(): raise ValueError(f"unknown setting {cls.full_name(key)}; {nearest(key, cls.setting_names())}")
         return cls(**given)
