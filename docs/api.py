@@ -1,125 +1,240 @@
-"""What the package exports, read from its source without importing it: entries for Sphinx's Python domain, and links to them.
+"""What the package exports, read from its source without importing it.
 
-nbdev's own `show_doc` runs every exported cell. Reading the source is faster, shows defaults as they are written, and lets
-search and cross references know every function, class and method."""
+nbdev's own `show_doc` runs every exported cell. Reading the source is faster, shows defaults as
+they are written, and gives Sphinx's search and cross references every function and class."""
 import ast
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 FENCED = re.compile(r"(^(`{3,}).*?^\2[ ]*$)", re.M | re.S)
 CODE = re.compile(r"(?<![`\w}\[])`((?:fm\.)?[A-Za-z_][\w.]*)(?:\(\))?`(?![`\w\]])")
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def public(body: list[ast.stmt]) -> list:
     "Functions and classes whose names do not begin with an underscore."
-    return [n for n in body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    kinds = Function | ast.ClassDef
+    return [node for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
 
 
-def comments(node: ast.FunctionDef, source: str) -> list[str]:
-    "What comments say beside parameters and result, `x: Tensor,  # (B, T)`, as a field list."
-    lines, args = source.splitlines(), [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    fields = {arg.end_lineno: f":param {arg.arg}:" for arg in args}                      # the last one on a line has the comment
-    if node.returns: fields[node.returns.end_lineno] = ":returns:"
-    said = {field: re.search(r"\s#\s+(.+)$", lines[line - 1]) for line, field in fields.items() if line < node.body[0].lineno}
-    return [f"{field} {comment[1]}" for field, comment in said.items() if comment]
+def arguments(function: Function) -> list[ast.arg]:
+    "Every parameter of a function, `*args` and `**kwargs` included."
+    args = function.args
+    stars = [arg for arg in (args.vararg, args.kwarg) if arg]
+    return [*args.posonlyargs, *args.args, *args.kwonlyargs, *stars]
 
 
-def parameters(function: ast.FunctionDef, bound: bool = False) -> str:
+def comments(function: Function, source: str) -> list[str]:
+    "The comments beside parameters and result, `x: Tensor,  # (B, T)`, as a field list."
+    lines = source.splitlines()
+    # of several parameters on one line, the last has the comment
+    fields = {arg.end_lineno: f":param {arg.arg}:" for arg in arguments(function)}
+    if function.returns: fields[function.returns.end_lineno] = ":returns:"
+    found = []
+    for line, field in fields.items():
+        comment = re.search(r"\s#\s+(.+)$", lines[line - 1])
+        if comment and line < function.body[0].lineno: found.append(f"{field} {comment[1]}")
+    return found
+
+
+def parameters(function: Function, bound: bool = False) -> str:
     "The parameters as written; `bound`: without `self` or `cls`."
     args = copy.deepcopy(function.args)
     if bound: (args.posonlyargs or args.args).pop(0)
     return ast.unparse(args)
 
 
+def init(node: ast.ClassDef) -> ast.FunctionDef | None:
+    "The `__init__` that a class defines itself."
+    for function in node.body:
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__": return function
+    return None
+
+
+def fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
+    "The fields of a class that becomes a dataclass; none for other classes."
+    if not any("dataclass" in ast.unparse(mark) for mark in node.decorator_list): return []
+    return [statement for statement in node.body if isinstance(statement, ast.AnnAssign)]
+
+
 def constructor(node: ast.ClassDef) -> str:
     "The parameters of a class: those of its `__init__`, or the fields of a dataclass."
-    for f in node.body:
-        if isinstance(f, ast.FunctionDef) and f.name == "__init__": return parameters(f, bound=True)
-    if not any("dataclass" in ast.unparse(d) for d in node.decorator_list): return ""
-    fields = [copy.deepcopy(f) for f in node.body if isinstance(f, ast.AnnAssign)]
-    for f in fields:
-        if isinstance(f.value, ast.Call): f.value = ast.Constant(...)                    # field(default_factory=...)
-    return ", ".join(map(ast.unparse, fields))
+    if function := init(node): return parameters(function, bound=True)
+    shown = copy.deepcopy(fields(node))
+    for field in shown:
+        if isinstance(field.value, ast.Call): field.value = ast.Constant(...)  # a default made anew
+    return ", ".join(map(ast.unparse, shown))
+
+
+def names(node: Function | ast.ClassDef) -> set[str]:
+    "What the parameters of a function or a class are called."
+    if isinstance(node, ast.ClassDef):
+        function = init(node)
+        if function is None: return {ast.unparse(field.target) for field in fields(node)}
+        return names(function)
+    return {arg.arg for arg in arguments(node)}
 
 
 @dataclass(frozen=True)
 class Symbol:
-    "A public function, class or method: the module it is in, its name there, and where it is written."
+    """A public function, class or method: its module, its name there, and where it is written.
+
+    `parameters` are its own and those of the class around it: in its description these names mean
+    the parameters, not functions of the same name."""
     module: str
     name: str
-    node: ast.FunctionDef | ast.ClassDef
+    node: Function | ast.ClassDef
     source: str
+    parameters: frozenset[str]
 
     @property
     def full(self) -> str: return f"{self.module}.{self.name}"
+
     @property
     def doc(self) -> str: return ast.get_docstring(self.node) or ""
+
     @property
     def summary(self) -> str: return " ".join(self.doc.split("\n\n")[0].split())
+
     @property
     def methods(self) -> list["Symbol"]:
         "Of a class, those with a docstring or commented parameters."
         if not isinstance(self.node, ast.ClassDef): return []
-        found = [Symbol(self.module, f"{self.name}.{n.name}", n, self.source) for n in public(self.node.body)]
-        return [m for m in found if m.doc or comments(m.node, self.source)]
+        found = []
+        for node in public(self.node.body):
+            if ast.get_docstring(node) or comments(node, self.source):
+                inner = self.parameters | names(node)
+                name = f"{self.name}.{node.name}"
+                found.append(Symbol(self.module, name, node, self.source, inner))
+        return found
 
-    def entry(self) -> str:
-        "A directive of Sphinx's Python domain, in MyST."
-        node, marks = self.node, [ast.unparse(d) for d in self.node.decorator_list]
-        if isinstance(node, ast.ClassDef):
-            bases = ", ".join(f"`{ast.unparse(b)}`" for b in node.bases)
-            head, parts = f"{{py:class}} {self.name}({constructor(node)})", [f"Extends {bases}." if bases else "", self.doc]
-            return "\n\n".join([f"::::{head}\n:module: {self.module}", *filter(None, parts), *(m.entry() for m in self.methods), "::::"])
-        method, result = "." in self.name, f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        options = f":module: {self.module}\n" + "".join(f":{m}:\n" for m in marks if m in ("classmethod", "staticmethod"))
-        head = f"{{py:{'method' if method else 'function'}}} {self.name}({parameters(node, method and 'staticmethod' not in marks)}){result}"
-        if "property" in marks: head, options = f"{{py:property}} {self.name}", options + (f":type: {result[4:]}\n" if result else "")
-        return "\n".join([f":::{head}", options, self.doc, "", *comments(node, self.source), ":::"])
+
+def symbols_of(module: str, source: str) -> list[Symbol]:
+    "The public functions and classes at the top of a module."
+    found = public(ast.parse(source).body)
+    return [Symbol(module, node.name, node, source, frozenset(names(node))) for node in found]
+
+
+def top_names(tree: ast.Module) -> dict[str, str]:
+    """What the package itself offers, name -> full name: its imports, `from a.b import c`, and
+    `ON_DEMAND`, the names it looks up when they are asked for."""
+    offered = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            offered |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ON_DEMAND":
+            homes = ast.literal_eval(node.value)
+            offered |= {name: f"{module}.{name}" for name, module in homes.items()}
+    return offered
 
 
 class Index:
     "Every `Symbol` of a package, and what prose calls it."
+
     def __init__(self, package: Path):
         self.symbols: dict[str, Symbol] = {}
-        self.modules: dict[str, tuple[str, list[Symbol]]] = {}                           # name -> description, symbols
+        self.modules: dict[str, list[Symbol]] = {}
+        self.descriptions: dict[str, str] = {}
         for path in sorted(package.rglob("*.py")):
-            source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source)
-            module = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
-            found = [Symbol(module, node.name, node, source) for node in public(tree.body)]
-            self.modules[module] = ast.get_docstring(tree) or "", found
-            self.symbols |= {s.full: s for top in found for s in (top, *top.methods)}
-            if module == package.name:                                                   # from flashmorph.model.morph import morph
-                self.top = {a.name: f"{n.module}.{a.name}" for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            self._add(".".join(parts).removesuffix(".__init__"), path.read_text(encoding="utf-8"))
+        tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+        self.top = top_names(tree)
+
+    def _add(self, module: str, source: str) -> None:
+        self.modules[module] = symbols_of(module, source)
+        self.descriptions[module] = ast.get_docstring(ast.parse(source)) or ""
+        for symbol in self.modules[module]:
+            self.symbols[symbol.full] = symbol
+            self.symbols |= {method.full: method for method in symbol.methods}
 
     def resolve(self, name: str, module: str = "") -> str | None:
-        "Full name of what prose in the chapter of `module` calls `name`: its own, else the package's, else the only one of that name."
+        """Full name of what the chapter of `module` calls `name`: its own, else the package's,
+        else the only one of that name. `None` where there is no such symbol."""
         name = name.removeprefix("fm.").removeprefix("flashmorph.")
         head, _, rest = name.partition(".")
-        for full in (f"{module}.{name}", f"{self.top.get(head, head)}.{rest}".rstrip("."), f"flashmorph.{name}"):
+        offered = f"{self.top.get(head, head)}.{rest}".rstrip(".")
+        for full in (f"{module}.{name}", offered, f"flashmorph.{name}"):
             if full in self.symbols: return full
-        only = [full for full, s in self.symbols.items() if s.name == name]
+        only = [full for full, symbol in self.symbols.items() if symbol.name == name]
         return only[0] if len(only) == 1 else None
 
-    def linked(self, text: str, module: str = "") -> str:
-        "Markdown in which code that names a symbol links to it. Fenced code and headings stay as they are."
-        def link(m: re.Match) -> str:
-            full = self.resolve(m[1], module)
-            return f"{{py:obj}}`{m[0].strip('`')} <{full}>`" if full else m[0]
-        def prose(part: str) -> str: return "\n".join(line if line.startswith("#") else CODE.sub(link, line) for line in part.split("\n"))
-        parts = FENCED.split(text)                                                       # prose, fenced, its fence, prose, ...
-        return "".join(part if i % 3 == 1 else prose(part) for i, part in enumerate(parts) if i % 3 != 2)
+    def linked(self, text: str, module: str = "", but: frozenset[str] = frozenset()) -> str:
+        """Markdown in which code that names a symbol links to it, except for the names in `but`.
+        Fenced code and headings stay as they are."""
+        def link(found: re.Match) -> str:
+            full = None if found[1] in but else self.resolve(found[1], module)
+            return f"{{py:obj}}`{found[0].strip('`')} <{full}>`" if full else found[0]
 
-    def page(self, chapters: dict[str, str]) -> str:
-        "The page of all symbols: first what `import flashmorph` gives, then module by module. `chapters`: module -> its page."
-        def table(symbols: list[Symbol], prefix: str = "") -> str:
-            rows = [f"* - {{py:obj}}`{prefix}{s.name} <{s.full}>`\n  - {self.linked(s.summary, s.module)}" for s in symbols]
-            return "\n".join([":::{list-table}", ":class: api", ":widths: 25 75", "", *rows, ":::"])
-        top = [self.symbols[full] for name, full in sorted(self.top.items()) if full in self.symbols]
-        parts = ["# API", "What `import flashmorph as fm` gives.", table(top, "fm.")]
-        for module, (description, symbols) in self.modules.items():
-            if symbols and module in chapters:
-                parts += [f"## {module}", f"{description} Chapter: [](<{chapters[module]}>).", table(symbols)]
-        return "\n\n".join(parts) + "\n"
+        def prose(part: str) -> str:
+            lines = [line if line.startswith("#") else CODE.sub(link, line)
+                     for line in part.split("\n")]
+            return "\n".join(lines)
+
+        parts = FENCED.split(text)                        # prose, fenced, its fence, prose, ...
+        kept = [part for i, part in enumerate(parts) if i % 3 != 2]
+        return "".join(part if i % 2 else prose(part) for i, part in enumerate(kept))
+
+    def described(self, symbol: Symbol, text: str) -> str:
+        "Text of a symbol's own docstring, with links."
+        return self.linked(text, symbol.module, symbol.parameters)
+
+    def entry(self, symbol: Symbol) -> str:
+        "The directive of Sphinx's Python domain that describes a symbol, in MyST."
+        if isinstance(symbol.node, ast.ClassDef): return self._class_entry(symbol)
+        return self._function_entry(symbol)
+
+    def _class_entry(self, symbol: Symbol) -> str:
+        bases = ", ".join(f"`{ast.unparse(base)}`" for base in symbol.node.bases)
+        extends = self.described(symbol, f"Extends {bases}.") if bases else ""
+        head = f"::::{{py:class}} {symbol.name}({constructor(symbol.node)})"
+        parts = [f"{head}\n:module: {symbol.module}", extends, self.described(symbol, symbol.doc)]
+        parts += map(self._function_entry, symbol.methods)
+        return "\n\n".join(filter(None, [*parts, "::::"]))
+
+    def _function_entry(self, symbol: Symbol) -> str:
+        node = symbol.node
+        marks = [ast.unparse(mark) for mark in node.decorator_list]
+        options = [f":module: {symbol.module}"]
+        options += [f":{mark}:" for mark in marks if mark in ("classmethod", "staticmethod")]
+        result = ast.unparse(node.returns) if node.returns else ""
+        if "property" in marks:
+            head = f"{{py:property}} {symbol.name}"
+            if result: options.append(f":type: {result}")
+        else:
+            method = "." in symbol.name
+            kind = "method" if method else "function"
+            shown = parameters(node, bound=method and "staticmethod" not in marks)
+            arrow = f" -> {result}" if result else ""
+            head = f"{{py:{kind}}} {symbol.name}({shown}){arrow}"
+        text = "\n".join([symbol.doc, "", *comments(node, symbol.source)])
+        return "\n".join([f":::{head}", *options, "", self.described(symbol, text), ":::"])
+
+    def table(self, symbols: list[Symbol], prefix: str = "") -> str:
+        "A table of symbols, each with the first sentence of its description."
+        rows = [":::{list-table}", ":class: api", ":widths: 25 75", ""]
+        for symbol in symbols:
+            rows.append(f"* - {{py:obj}}`{prefix}{symbol.name} <{symbol.full}>`")
+            rows.append(f"  - {self.described(symbol, symbol.summary)}")
+        return "\n".join([*rows, ":::"])
+
+    def page(self, shelves: dict[str, dict[str, str]]) -> str:
+        """The page of all symbols: first what `import flashmorph` offers, then shelf by shelf and
+        module by module. `shelves`: name of a shelf -> module -> page of its chapter."""
+        return "\n\n".join(self._page(shelves)) + "\n"
+
+    def _page(self, shelves: dict[str, dict[str, str]]) -> Iterator[str]:
+        yield "# API"
+        yield "The names that `import flashmorph as fm` offers."
+        offered = [full for _, full in sorted(self.top.items()) if full in self.symbols]
+        yield self.table([self.symbols[full] for full in offered], "fm.")
+        for shelf, chapters in shelves.items():
+            filled = {module: page for module, page in chapters.items() if self.modules[module]}
+            if filled: yield f"## {shelf}"
+            for module, page in filled.items():
+                yield f"### {module}"
+                yield f"{self.descriptions[module]} Chapter: [](<{page}>)."
+                yield self.table(self.modules[module])

@@ -1,13 +1,16 @@
 """Turn the notebooks into the site: `make docs` writes docs/_build/html.
 
-The notebooks are shown with the outputs they carry; nothing is run. nbdev's filter reads the directives and drops what is hidden,
-`api.py` describes what is exported, and Sphinx with MyST-NB and Furo does the rest (`conf.py`)."""
+The notebooks are shown with the outputs they carry; nothing is run. nbdev's filter reads the
+directives and drops what is hidden, `api.py` describes what is exported, and Sphinx with MyST-NB
+and Furo does the rest (`conf.py`)."""
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from api import Index
@@ -17,110 +20,196 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 
 DOCS = Path(__file__).resolve().parent
-ROOT, NBS, WORK, SITE = DOCS.parent, DOCS.parent / "nbs", DOCS / "_work", DOCS / "_build/html"
-PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
-TAGS = {("echo:", "false"): "remove-input", ("output:", "false"): "remove-output", ("include:", "false"): "remove-cell",
-        ("code-fold:", "true"): "hide-input"}
+ROOT = DOCS.parent
+NBS = ROOT / "nbs"
+WORK = DOCS / "_work"                                  # what Sphinx reads
+SITE = DOCS / "_build/html"
 API = Index(ROOT / "flashmorph")
 
+# The number of a chapter, without its last digit, is its shelf.
+SHELVES = {0: "Store and nouns", 1: "Ops", 2: "Data", 3: "Model", 4: "Training", 5: "Measuring",
+           6: "Choosing", 7: "Showing", 8: "Running", 9: "Serving"}
+UNFOLDED = 25                                          # lines; longer exported cells are folded
 
-def page_of(path: Path) -> Path:
-    "Where a notebook goes, as nbdev has it: without the number."
-    return WORK / path.relative_to(NBS).with_name(re.sub(r"^\d+[a-zA-Z]*_", "", path.name))
-
-
-def linked(text: str, path: Path, module: str) -> str:
-    "Markdown with links for the site: to other pages, to files (copied along), and from code to the symbol it names."
-    def link(m: re.Match) -> str:
-        file, hash, anchor = m[1].partition("#")
-        target = Path(os.path.normpath(path.parent / file))
-        if not target.is_file(): raise SystemExit(f"{path.name}: link to {m[1]}, which does not exist")
-        place = page_of(target) if target.suffix == ".ipynb" else WORK / target.relative_to(NBS if target.is_relative_to(NBS) else ROOT)
-        if target.suffix != ".ipynb":
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(target, place)
-        return f"]({os.path.relpath(place, page_of(path).parent)}{hash}{anchor})"
-    return API.linked(re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", link, text), module)
+PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+TAGS = {("echo:", "false"): "remove-input", ("output:", "false"): "remove-output",
+        ("include:", "false"): "remove-cell", ("code-fold:", "true"): "hide-input"}
+NOT_NBDEVS = {"FrontmatterProc", "insert_warning", "add_show_docs", "clean_show_doc",
+              "exec_show_docs", "rm_export", "mv_exports", "add_fold", "add_links"}
+LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")        # a Markdown link to a file
 
 
-def shown(output: dict, path: Path) -> dict:
+@dataclass(frozen=True)
+class Notebook:
+    "What the site needs to know of a notebook before it is converted."
+    path: Path
+
+    @cached_property
+    def cells(self) -> list: return read_nb(self.path).cells
+
+    @property
+    def title(self) -> str: return re.search(r"^# (.*)", self.cells[0].source)[1]
+
+    @property
+    def description(self) -> str: return re.search(r"^> (.*)", self.cells[0].source, re.M)[1]
+
+    @property
+    def module(self) -> str:
+        "The module that it writes, with the package in front; empty for a page that writes none."
+        code = "\n".join(cell.source for cell in self.cells if cell.cell_type == "code")
+        found = re.search(r"^#\|\s*default_exp\s+(\S+)", code, re.M)
+        return f"flashmorph.{found[1]}" if found else ""
+
+    @property
+    def part(self) -> str:
+        "The part of the site that it belongs to: a shelf of the book, or `Tutorials`, ..."
+        if self.path.parent != NBS: return self.path.parent.name.capitalize()
+        number = re.match(r"\d+", self.path.name)
+        if number: return SHELVES[int(number[0]) // 10]
+        return "" if self.path.stem == "index" else "Benchmarks"
+
+    @property
+    def page(self) -> Path:
+        "The file that Sphinx reads: without the number, as nbdev has it."
+        name = re.sub(r"^\d+[a-zA-Z]*_", "", self.path.name)
+        return WORK / self.path.relative_to(NBS).with_name(name)
+
+    @property
+    def address(self) -> str: return self.page.relative_to(WORK).as_posix()
+
+
+def notebooks() -> list[Notebook]:
+    "Every notebook, in the order of its number."
+    names = [path.relative_to(NBS) for path in sorted(NBS.rglob("*.ipynb"))]
+    shown = [name for name in names if not any(part[0] in "._" for part in name.parts)]
+    return [Notebook(NBS / name) for name in shown]
+
+
+def copied(file: Path) -> Path:
+    "Where the site has a file that is no notebook; it is copied there."
+    place = WORK / file.relative_to(NBS if file.is_relative_to(NBS) else ROOT)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, place)
+    return place
+
+
+def linked(text: str, notebook: Notebook) -> str:
+    "Markdown with the links of the site: to its pages and files, and from code to its symbol."
+    def link(found: re.Match) -> str:
+        file, mark, anchor = found[1].partition("#")
+        target = Path(os.path.normpath(notebook.path.parent / file))
+        if not target.is_file():
+            raise SystemExit(f"{notebook.path.name}: link to {found[1]}, which does not exist")
+        place = Notebook(target).page if target.suffix == ".ipynb" else copied(target)
+        return f"]({os.path.relpath(place, notebook.page.parent)}{mark}{anchor})"
+    return API.linked(LINK.sub(link, text), notebook.module)
+
+
+def drawn(figure: dict) -> str:
+    "HTML from which site.js draws a plotly figure."
+    height = figure.get("layout", {}).get("height", 450)
+    data = json.dumps(figure, separators=(",", ":")).replace("</", "<\\/")
+    script = f'<script type="application/json">{data}</script>'
+    return f'<div class="figure" style="min-height:{height}px">{script}</div>'
+
+
+def shown(output: dict, notebook: Notebook) -> dict:
     "An output as the site shows it: a widget as its static twin, a figure drawn by site.js."
     data = output.get("data", {})
     if data.pop(WIDGET, None):
-        if not {PLOTLY, "text/html"} & data.keys(): raise SystemExit(f"{path.name}: a widget without a static twin")
-        if "text/html" in data: data.pop(PLOTLY, None)                  # the page of the widget does more than the figure of it
-    if PLOTLY in data:
-        figure = json.dumps(data[PLOTLY], separators=(",", ":")).replace("</", "<\\/")
-        height = data[PLOTLY].get("layout", {}).get("height", 450)
-        output["data"] = {"text/html": f'<div class="figure" style="min-height:{height}px"><script type="application/json">{figure}</script></div>'}
+        if not {PLOTLY, "text/html"} & data.keys():
+            raise SystemExit(f"{notebook.path.name}: a widget without a static twin")
+        if "text/html" in data: data.pop(PLOTLY, None)  # the page does more than the figure
+    if PLOTLY in data: output["data"] = {"text/html": drawn(data[PLOTLY])}
     return output
 
 
+def folded(source: str) -> bool:
+    "Whether an exported cell is too long to be read in passing."
+    return sum(bool(line.strip()) for line in source.splitlines()) > UNFOLDED
+
+
 def exported(cell, module: str) -> list:
-    "In place of an exported cell: what it defines, and its code folded. Nothing for a cell of imports."
+    """In place of an exported cell: what it defines, and its code, folded if that is long. Nothing
+    for a cell of imports."""
     names = [getattr(node, "name", "") for node in cell.parsed_() or []]
-    entries = [API.linked(API.symbols[full].entry(), module) for name in names if (full := f"{module}.{name}") in API.symbols]
     if not names or re.match(r"(from|import)\s", cell.source.strip()): return []
-    cell.metadata = {"tags": ["hide-input"], "mystnb": {"code_prompt_show": "Source", "code_prompt_hide": "Source"}}
-    return [mk_cell("\n\n".join(entries), "markdown"), cell] if entries else [cell]
+    found = [API.symbols.get(f"{module}.{name}") for name in names]
+    entries = [API.entry(symbol) for symbol in found if symbol]
+    if folded(cell.source):
+        labels = {"code_prompt_show": "Source", "code_prompt_hide": "Source"}
+        cell.metadata = {"tags": ["hide-input"], "mystnb": labels}
+    described = [mk_cell("\n\n".join(entries), "markdown")] if entries else []
+    return [*described, cell]
 
 
-def convert(path: Path) -> None:
+def code(cell, notebook: Notebook) -> list:
+    "The cells in place of one code cell."
+    directives = {name: " ".join(args).lower() for name, args in cell.directives_.items()}
+    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
+    cell.metadata = {"tags": [tag for key, tag in TAGS.items() if key in directives.items()]}
+    cell.outputs = [shown(output, notebook) for output in cell.outputs if not is_bar(output)]
+    if {"export", "exports", "exporti"} & directives.keys(): return exported(cell, notebook.module)
+    return [cell] if cell.source and "default_exp" not in directives else []
+
+
+def convert(notebook: Notebook) -> None:
     "One notebook into a page for MyST-NB."
-    nb = read_nb(path)
-    found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in nb.cells if c.cell_type == "code"), re.M)
-    module = f"flashmorph.{found[1]}" if found else ""
-    ours = ("FrontmatterProc", "insert_warning", "add_show_docs", "clean_show_doc", "exec_show_docs", "rm_export", "mv_exports", "add_fold", "add_links")
-    processor = NBProcessor(nb=nb, procs=[p for p in FilterDefaults().base_procs() if p.__name__ not in ours])
-    processor.process()
+    nb = read_nb(notebook.path)
+    procs = [proc for proc in FilterDefaults().base_procs() if proc.__name__ not in NOT_NBDEVS]
+    NBProcessor(nb=nb, procs=procs).process()
     cells = []
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = linked(cell.source, path, module); cells.append(cell); continue
-        directives = {name: " ".join(args).lower() for name, args in cell.directives_.items()}
-        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
-        cell.metadata = {"tags": [tag for key, tag in TAGS.items() if key in directives.items()]}
-        cell.outputs = [shown(o, path) for o in cell.outputs if not is_bar(o)]
-        if {"export", "exports", "exporti"} & directives.keys(): cells += exported(cell, module)
-        elif cell.source and "default_exp" not in directives: cells.append(cell)
-    nb.cells, nb.metadata = cells, {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    page_of(path).parent.mkdir(parents=True, exist_ok=True)
-    write_nb(nb, page_of(path))
-    if module: CHAPTERS[module] = page_of(path).name
+        if cell.cell_type == "code": cells += code(cell, notebook); continue
+        cell.source = linked(cell.source, notebook)
+        cells.append(cell)
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    nb.cells = cells
+    nb.metadata = {"kernelspec": kernel}
+    notebook.page.parent.mkdir(parents=True, exist_ok=True)
+    write_nb(nb, notebook.page)
 
 
-def contents(notebooks: list[Path]) -> str:
-    "The contents of the site, for the end of the landing page and for the sidebar."
-    sections = {"Tutorials": [p for p in notebooks if p.parent.name == "tutorials"],
-                "The book": [p for p in notebooks if p.parent == NBS and "bench" not in p.name and p.stem != "index"],
-                "Benchmarks": [p for p in notebooks if p.parent == NBS and "bench" in p.name]}
-    pages = {name: [page_of(p).relative_to(WORK).as_posix() for p in paths] for name, paths in sections.items()}
-    pages = {"Tutorials": pages["Tutorials"], "The book": pages["The book"], "API": ["api.md"], "Benchmarks": pages["Benchmarks"],
-             "Project": ["CONTRIBUTING.md", "CHANGELOG.md"]}
-    trees = ["\n".join(["```{toctree}", ":hidden:", f":caption: {name}", "", *files, "```"]) for name, files in pages.items() if files]
-    described = [f"### {name}\n\n" + "\n".join(f"- [](<{page_of(p).relative_to(WORK).as_posix()}>): {description(p)}" for p in paths)
-                 for name, paths in sections.items() if paths]
-    return "\n\n".join(["## Contents", *described, *trees])
+def parts(book: list[Notebook]) -> dict[str, list[Notebook]]:
+    "The notebooks of each part of the site, in the order of the sidebar."
+    names = ["Tutorials", *SHELVES.values(), "Benchmarks"]
+    found = {name: [notebook for notebook in book if notebook.part == name] for name in names}
+    return {name: inside for name, inside in found.items() if inside}
 
 
-def description(path: Path) -> str:
-    "The sentence under the title."
-    return re.search(r"^> (.*)", read_nb(path).cells[0].source, re.M)[1]
+def contents(book: list[Notebook]) -> str:
+    "The contents of the site, for the end of the landing page, and the sidebar."
+    described, files = ["## Contents"], {}
+    for name, inside in parts(book).items():
+        described.append(f"### {name}")
+        described.append("\n".join(f"- [](<{n.address}>): {n.description}" for n in inside))
+        files[name] = [notebook.address for notebook in inside]
+    files |= {"Reference": ["api.md"], "Project": ["CONTRIBUTING.md", "CHANGELOG.md"]}
+    sidebar = ["\n".join(["```{toctree}", ":hidden:", f":caption: {name}", "", *inside, "```"])
+               for name, inside in files.items()]
+    return "\n\n".join([*described, *sidebar])
 
 
-CHAPTERS: dict[str, str] = {}
+def api_page(book: list[Notebook]) -> str:
+    "The page of all symbols, by shelf."
+    shelves = {name: inside for name, inside in parts(book).items() if name in SHELVES.values()}
+    return API.page({name: {notebook.module: notebook.address for notebook in inside}
+                     for name, inside in shelves.items()})
 
 
 def main() -> int:
     for folder in (WORK, SITE): shutil.rmtree(folder, ignore_errors=True)
-    notebooks = [p for p in sorted(NBS.rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(NBS).parts)]
     WORK.mkdir(parents=True)
-    for path in notebooks: convert(path)
-    (WORK / "api.md").write_text(API.page(CHAPTERS), encoding="utf-8")
+    book = notebooks()
+    for notebook in book: convert(notebook)
+    (WORK / "api.md").write_text(api_page(book), encoding="utf-8")
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"): shutil.copy(ROOT / name, WORK)
     index = read_nb(WORK / "index.ipynb")
-    index.cells.append(mk_cell(contents(notebooks), "markdown"))
+    index.cells.append(mk_cell(contents(book), "markdown"))
     write_nb(index, WORK / "index.ipynb")
-    return subprocess.call([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", DOCS, "-d", WORK / ".doctrees", WORK, SITE])
+    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    return subprocess.call([*sphinx, "-c", DOCS, "-d", WORK / ".doctrees", WORK, SITE])
 
 
 if __name__ == "__main__": sys.exit(main())

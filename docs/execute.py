@@ -1,6 +1,7 @@
-"""Execute notebooks in place, as they are kept in git: `python docs/execute.py nbs/10_name.ipynb ...`.
+"""Execute notebooks in place, as they are kept in git: `python docs/execute.py NOTEBOOK ...`.
 
-What progress bars leave behind is dropped, printed lines of a cell are one output however they arrived, and no state of widgets is stored."""
+Progress bars are dropped, the printed lines of a cell are one output however they arrived, and no
+state of widgets is stored."""
 import re
 import sys
 from pathlib import Path
@@ -8,22 +9,30 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-BAR = re.compile(r"%\|.*\[.*\]")           # what a progress bar leaves behind
+BAR = re.compile(r"%\|.*\[.*\]")  # what a progress bar leaves behind
 
 
-def is_bar(output: dict) -> bool: return bool(BAR.search("".join(output.get("data", {}).get("text/plain", "")) + "".join(output.get("text", ""))))
+def is_bar(output: dict) -> bool:
+    "Whether an output is a progress bar."
+    data = output.get("data", {}).get("text/plain", "")
+    return bool(BAR.search("".join(data) + "".join(output.get("text", ""))))
 
 
-def main(paths: list[str]) -> None:
-    for path in map(Path, paths):
-        notebook = nbformat.read(path, 4)
-        notebook.metadata.pop("widgets", None)
-        NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False, coalesce_streams=True,
-                       resources={"metadata": {"path": path.parent}}).execute()
-        for cell in notebook.cells:
-            if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not is_bar(o)]
-        nbformat.write(notebook, path)
-        print(path)
+def execute(path: Path) -> None:
+    "Run one notebook in its own folder and write it back."
+    notebook = nbformat.read(path, 4)
+    notebook.metadata.pop("widgets", None)
+    where = {"metadata": {"path": path.parent}}
+    client = NotebookClient(notebook, kernel_name="python3", timeout=None, resources=where,
+                            store_widget_state=False, coalesce_streams=True)
+    client.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not is_bar(output)]
+    nbformat.write(notebook, path)
 
 
-if __name__ == "__main__": main(sys.argv[1:])
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        execute(Path(name))
+        print(name)

@@ -1,4 +1,6 @@
-"The built site in a real browser, over http and from files: all of it reachable, nothing broken, nothing asked of anyone else."
+"""The built site in a real browser, over http and from files.
+
+All pages can be reached, no link is broken, and nothing is asked of other machines."""
 import functools
 import html
 import http.server
@@ -14,93 +16,209 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 from browser import chromium, open_page
 
+import flashmorph
+
 ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
 SITE = ROOT / "docs/_build/html"
-DRAWN = """n => n === [...document.querySelectorAll('div.figure')].filter(d =>
-    d.querySelector('.trace, .hm') && d.querySelector('.cartesianlayer').getBoundingClientRect().width > 99).length"""
+SHELVES = ["Store and nouns", "Ops", "Data", "Model", "Training", "Measuring", "Choosing",
+           "Showing", "Running", "Serving"]
+DRAWN = """count => {
+    const drawn = (figure) =>
+        figure.querySelector('.trace, .hm') &&
+        figure.querySelector('.cartesianlayer').getBoundingClientRect().width > 99;
+    return [...document.querySelectorAll('div.figure')].filter(drawn).length === count;
+}"""
+SIDEBAR = """() => [...document.querySelectorAll('.sidebar-tree .caption')].map((caption) =>
+    [caption.innerText, [...caption.nextElementSibling.querySelectorAll('a')].map((a) => a.href)])
+"""
 pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def site() -> Path:
     "The site as it is built from what stands here now."
-    done = subprocess.run([sys.executable, ROOT / "docs/build.py"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "docs/build.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return SITE
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as b: yield b
+    with chromium() as running: yield running
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    "Serves files and logs nothing."
+
+    def log_message(self, *args): pass
 
 
 @pytest.fixture(params=["http", "file"])
 def address(request, site) -> Iterator[str]:
     "Where the site is, with a slash at the end."
-    if request.param == "file": yield site.as_uri() + "/"; return
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=site))
+    if request.param == "file":
+        yield site.as_uri() + "/"
+        return
+    handler = functools.partial(Quiet, directory=site)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/"
     server.shutdown()
+
+
+def refused(page, response) -> None:
+    if response.status >= 400: page.problems.append(f"{response.status} for {response.url}")
 
 
 @pytest.fixture
 def tab(browser, address):
     "A page on which nothing may go wrong, and that may ask nothing of other machines."
     page = open_page(browser, width=1440)
-    page.on("response", lambda r: page.problems.append(f"{r.status} for {r.url}") if r.status >= 400 else None)
+    page.on("response", functools.partial(refused, page))
     yield page
     page.context.close()
     assert not page.problems
 
 
+@pytest.fixture
+def window(browser, site):
+    "A page of 1,300 pixels, opened from files."
+    page = open_page(browser, width=1300)
+    yield page
+    page.context.close()
+    assert not page.problems
+
+
+def pages(site: Path) -> list[Path]:
+    "Every page of the site."
+    return [path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts]
+
+
+# Links
+
+def without_scripts(text: str) -> str:
+    "HTML whose scripts are empty: their text is data, not links."
+    return re.sub(r"(<script\b[^>]*>).*?</script>", r"\1</script>", text, flags=re.S)
+
+
 def links(page: Path) -> tuple[set[str], set[str]]:
     "Addresses that a page links to or loads, and the anchors on it."
-    text = re.sub(r"<script\b[^>]*>.*?</script>", lambda m: m[0][:m[0].index(">")], page.read_text(encoding="utf-8"), flags=re.S)
-    return {html.unescape(u) for u in re.findall(r'\s(?:href|src)="([^"]*)"', text)}, {html.unescape(i) for i in re.findall(r'\sid="([^"]*)"', text)}
+    text = without_scripts(page.read_text(encoding="utf-8"))
+    urls = re.findall(r'\s(?:href|src)="([^"]*)"', text)
+    anchors = re.findall(r'\sid="([^"]*)"', text)
+    return set(map(html.unescape, urls)), set(map(html.unescape, anchors))
+
+
+def within(page: Path, url: str) -> tuple[Path, str] | None:
+    "File and anchor that a link of a page leads to; `None` for links out of the site."
+    path, anchor = urldefrag(urljoin(page.as_uri(), url))
+    if not path.startswith("file:"): return None
+    return Path(unquote(path.removeprefix("file://").partition("?")[0])), unquote(anchor)
 
 
 def broken(site: Path) -> list[str]:
-    "Links within the site to pages, files or anchors that do not exist; pages that no links from the index lead to."
-    found, anchors, todo, seen = [], {}, [site / "index.html"], set()
+    "Links to pages, files or anchors that do not exist, and pages that no links lead to."
+    urls, anchors = {}, {}
+    for page in pages(site): urls[page], anchors[page] = links(page)
+
+    found, todo, seen = [], [site / "index.html"], set()
     while todo:
         page = todo.pop()
         if page in seen: continue
         seen.add(page)
-        urls, anchors[page] = links(page)
-        for url in urls:
-            path, anchor = urldefrag(urljoin(page.as_uri(), url))
-            if not path.startswith("file:"): continue
-            target = Path(unquote(path.removeprefix("file://").partition("?")[0]))
-            if not target.is_file() or not target.is_relative_to(site): found.append(f"{page.name}: {url}"); continue
-            if target.suffix != ".html": continue
-            todo.append(target)
-            if target not in anchors: anchors[target] = links(target)[1]
-            if anchor and unquote(anchor) not in anchors[target]: found.append(f"{page.name}: {url}, no such anchor")
-    return found + [f"{page.name} is not reachable from index.html" for page in site.rglob("*.html") if page not in seen and "_static" not in page.parts]
+        for url in urls[page]:
+            target, anchor = within(page, url) or (page, "")
+            if target in urls: todo.append(target)
+            if not target.is_file() or not target.is_relative_to(site):
+                found.append(f"{page.name}: {url}")
+            elif anchor and target in anchors and anchor not in anchors[target]:
+                found.append(f"{page.name}: {url}, no such anchor")
+    lonely = [page.name for page in urls if page not in seen]
+    return found + [f"{name} is not reachable from index.html" for name in lonely]
 
 
 def test_every_page_is_reachable_and_no_link_is_broken(site):
     assert not broken(site)
-    assert sum(f.stat().st_size for f in site.rglob("*") if f.is_file()) <= 12_000_000
+    assert sum(file.stat().st_size for file in site.rglob("*") if file.is_file()) <= 12_000_000
 
 
-def test_a_broken_link_is_noticed(site, tmp_path):
+@pytest.mark.parametrize("name, text, complaint", [
+    ("index", '<a href="gone.html">', "gone.html"),
+    ("index", '<a href="api.html#gone">', "no such anchor"),
+    ("lonely", "", "not reachable"),
+])
+def test_a_broken_link_is_noticed(site, tmp_path, name, text, complaint):
     "The check above can fail: a lost page, a lost anchor, a page nobody links to."
-    for name, text, complaint in (("index", '<a href="gone.html">', "gone.html"), ("index", '<a href="api.html#gone">', "no such anchor"),
-                                  ("lonely", "", "not reachable")):
-        copy = shutil.copytree(site, tmp_path / complaint.replace(" ", "_"), ignore=shutil.ignore_patterns("plotly.min.js"))
-        (copy / "_static/plotly.min.js").touch()
-        with (copy / f"{name}.html").open("a") as f: f.write(text)
-        assert [found for found in broken(copy) if complaint in found]
+    large = shutil.ignore_patterns("plotly.min.js")
+    copy = shutil.copytree(site, tmp_path / "site", ignore=large)
+    (copy / "_static/plotly.min.js").touch()
+    with (copy / f"{name}.html").open("a") as file: file.write(text)
+    assert [found for found in broken(copy) if complaint in found]
 
+
+# What is where
+
+def chapters() -> dict[str, list[str]]:
+    "Shelf -> the pages of its chapters, by the numbers of the notebooks."
+    found: dict[str, list[str]] = {}
+    for path in sorted(NBS.glob("[0-9]*.ipynb")):
+        number, name = path.stem.split("_", 1)
+        found.setdefault(SHELVES[int(number) // 10], []).append(f"{name}.html")
+    return found
+
+
+def test_the_sidebar_has_each_chapter_on_its_shelf(site, window):
+    "Each ten of the numbers is a part of the sidebar, in the order of the numbers."
+    window.goto((site / "index.html").as_uri())
+    parts = {caption.capitalize(): [url.rsplit("/", 1)[1] for url in urls]
+             for caption, urls in window.evaluate(SIDEBAR)}
+    shelves = {name: urls for name, urls in parts.items() if name in SHELVES}
+    assert list(shelves.items()) == list(chapters().items())
+    assert list(parts)[0] == "Tutorials"
+    assert len(parts["Tutorials"]) == len(list((NBS / "tutorials").glob("[0-9]*.ipynb")))
+
+
+def test_the_api_page_has_every_name_by_shelf(site):
+    "All that `import flashmorph` offers, also what it looks up on demand; then every module."
+    text = (site / "api.html").read_text(encoding="utf-8")
+    for name in flashmorph.__all__:
+        full = f"{getattr(flashmorph, name).__module__}.{name}"
+        assert re.search(rf'href="[^"]*#{re.escape(full)}"[^>]*><code[^>]*>.*?fm\.{name}<', text)
+    headings = [re.sub(r"<[^>]*>", "", found) for found in re.findall(r"<h2>(.*?)<a", text)]
+    assert headings == [name for name in SHELVES if name in chapters()]
+    modules = re.findall(r"<h3>flashmorph\.([\w.]+)<a", text)
+    assert modules == sorted(modules, key=[page[:-5] for pages in chapters().values()
+                                           for page in pages].index)
+
+
+ENTRIES = """() => [...document.querySelectorAll('dl.py > dd')].map((text) => ({
+    signature: [...text.parentElement.querySelectorAll(':scope > dt .sig-param')]
+        .map((parameter) => parameter.querySelector('.n')?.innerText),
+    name: text.previousElementSibling.id,
+    linked: [...text.querySelectorAll('a.reference code')]
+        .filter((code) => code.closest('dd') === text).map((code) => code.innerText),
+}))"""
+
+
+def test_a_parameter_does_not_link_to_a_function_of_its_name(site, window):
+    "In the entry of `uniform`, `align` is its argument, not the function `fm.align`."
+    seen = {}
+    for page in pages(site):
+        window.goto(page.as_uri())
+        for entry in window.evaluate(ENTRIES):
+            assert not set(entry["signature"]) & set(entry["linked"]), entry["name"]
+            seen[entry["name"]] = entry
+    assert "align" in seen["flashmorph.choose.uniform.uniform"]["signature"]
+    assert "load_model" in seen["flashmorph.model.teacher.load_teacher"]["linked"]
+
+
+# What pages do
 
 def test_every_page_shows_without_trouble_and_draws_its_figures(site, tab, address):
     drawn = 0
-    for path in sorted(site.rglob("*.html")):
-        if "_static" in path.parts: continue
+    for path in pages(site):
         figures = path.read_text(encoding="utf-8").count('<div class="figure"')
         tab.goto(address + path.relative_to(site).as_posix())
         tab.wait_for_function(DRAWN, arg=figures)
@@ -110,11 +228,11 @@ def test_every_page_shows_without_trouble_and_draws_its_figures(site, tab, addre
 
 
 def test_search_finds_a_symbol_and_its_description(tab, address):
+    name = "flashmorph.choose.gates.train_gates"
     tab.goto(address + "search.html?q=train_gates")
     tab.wait_for_selector("#search-results li a")
-    found = tab.locator("#search-results li a[href*='flashmorph.choose.gates.train_gates']")
-    found.first.click()
-    tab.wait_for_selector("dt[id='flashmorph.choose.gates.train_gates']:visible")
+    tab.locator(f"#search-results li a[href*='{name}']").first.click()
+    tab.wait_for_selector(f"dt[id='{name}']:visible")
     tab.goto(address + "index.html")
     tab.fill("input.sidebar-search", "morphable")
     tab.press("input.sidebar-search", "Enter")
@@ -124,7 +242,8 @@ def test_search_finds_a_symbol_and_its_description(tab, address):
 def test_the_explorer_on_the_site_moves_its_selection(tab, address):
     "The static twin: no kernel, and still a slider that chooses layers and counts what they cost."
     def costs(): return tab.locator(".fm-explorer .fm-value").all_inner_texts()
-    bars = "n => document.querySelectorAll('.fm-explorer g[data-layer] rect.full[data-row=\"0\"]').length === n"
+    bars = """count => count === document.querySelectorAll(
+        '.fm-explorer g[data-layer] rect.full[data-row="0"]').length"""
     tab.goto(address + "tutorials/budget.html")
     tab.locator(".fm-explorer .fm-slider").first.focus()
     tab.keyboard.press("Home")
@@ -136,7 +255,9 @@ def test_the_explorer_on_the_site_moves_its_selection(tab, address):
 
 
 def test_both_themes_change_the_page(tab, address):
+    "The letters are dark on light, and the other way round."
+    red = "+getComputedStyle(document.body).color.match(/\\d+/)[0]"
     tab.goto(address)
     for scheme, dark in (("light", 0), ("dark", 1)):
-        tab.emulate_media(color_scheme=scheme)      # the letters are dark on light, and the other way round
-        tab.wait_for_function("dark => (+getComputedStyle(document.body).color.match(/\\d+/)[0] > 127) == dark", arg=dark)
+        tab.emulate_media(color_scheme=scheme)
+        tab.wait_for_function(f"dark => ({red} > 127) == dark", arg=dark)
