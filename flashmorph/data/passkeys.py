@@ -7,12 +7,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 import torch
-from .text import TokenBlocks, documents
+from .text import MOST, SourceConfig, TokenBlocks, documents
+from ..settings import setting
 
 # %% auto #0
-__all__ = ['NATO', 'ordinal', 'BookTemplate', 'encode_piece', 'BookPieces', 'Passkeys', 'passkeys']
+__all__ = ['NATO', 'ordinal', 'BookTemplate', 'PasskeysConfig', 'encode_piece', 'BookPieces', 'Passkeys', 'passkeys']
 
 # %% ../../nbs/22_data.passkeys.ipynb #a77bc7ed
 NATO = ("alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo sierra tango "
@@ -38,6 +39,25 @@ class BookTemplate:
         for name, fields in (("needle", ("{ordinal}", "{words}")), ("question", ("{ordinal}",)), ("answer", ("{words}",))):
             missing = [f for f in fields if f not in getattr(self, name)]
             if missing: raise ValueError(f"template.{name}: expected {' and '.join(missing)} in it, got {getattr(self, name)!r}")
+
+# %% ../../nbs/22_data.passkeys.ipynb #97a10e45
+@dataclass(frozen=True, kw_only=True)
+class PasskeysConfig(SourceConfig):
+    """Settings of `passkeys`: `keys` passkeys of `words_per_key` words in books of `length` tokens.
+
+    They lie at random ones of `depths` depths; `words` to draw from (None: the NATO alphabet)."""
+    table: ClassVar[str] = "passkeys"
+    length: int = setting(1024, low=2, high=MOST)
+    keys: int = setting(10, low=1, high=1000)
+    words_per_key: int = setting(32, low=1, high=1000)
+    depths: int = setting(1000, low=1, high=MOST)
+    words: tuple[str, ...] | None = None
+    shuffle: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.words is not None and not (self.words and all(word.strip() for word in self.words)):
+            raise ValueError(f"{self.name('words')}: expected a list of words, none of them empty, got {list(self.words)}")
 
 # %% ../../nbs/22_data.passkeys.ipynb #8cb9d8bc
 def encode_piece(tokenizer, piece: str, anchor: str = ".") -> list[int]:
@@ -88,11 +108,10 @@ class Passkeys:
     Raises `ValueError` if `length` cannot hold the keys, naming the shortest possible length."""
     def __init__(self, tokenizer, background, length: int, *, keys: int = 10, words_per_key: int = 32, depths: int = 1000,
                  words: list[str] | None = None, template: BookTemplate | None = None, shuffle: bool = False, seed: int = 0, column: str = "text"):
-        for name, value in (("keys", keys), ("words_per_key", words_per_key), ("depths", depths)):
-            if value < 1: raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.length, self.keys, self.words_per_key, self.depths, self.shuffle, self.seed = length, keys, words_per_key, depths, shuffle, seed
-        self.words, self.pieces, self.index = list(words or NATO), BookPieces(tokenizer, template or BookTemplate()), 0
-        self.shortest = self.pieces.shortest(keys, words_per_key, self.words)
+        c = PasskeysConfig(length=length, keys=keys, words_per_key=words_per_key, depths=depths, words=words, shuffle=shuffle, column=column)  # type: ignore[arg-type]
+        self.length, self.keys, self.words_per_key, self.depths, self.shuffle, self.seed = c.length, c.keys, c.words_per_key, c.depths, c.shuffle, seed
+        self.words, self.pieces, self.index = list(c.words or NATO), BookPieces(tokenizer, template or BookTemplate()), 0
+        self.shortest = self.pieces.shortest(c.keys, c.words_per_key, self.words)
         if length < self.shortest:
             raise ValueError(f"length={length} is too short for {keys} passkeys of {words_per_key} words with this tokenizer and template: "
                              f"the shortest possible length is {self.shortest}")

@@ -6,13 +6,15 @@
 from __future__ import annotations
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 import torch
+from ..settings import Settings, setting
 
 # %% auto #0
-__all__ = ['NAMES', 'TRADES', 'PLACES', 'COLOURS', 'THINGS', 'TIMES', 'MOODS', 'FACTS', 'EVENTS', 'FILE_KINDS', 'Stories',
-           'documents', 'TokenBlocks', 'text']
+__all__ = ['NAMES', 'TRADES', 'PLACES', 'COLOURS', 'THINGS', 'TIMES', 'MOODS', 'FACTS', 'EVENTS', 'FILE_KINDS', 'MOST', 'Stories',
+           'documents', 'TokenBlocks', 'SourceConfig', 'TextConfig', 'plain_source', 'text']
 
 # %% ../../nbs/20_data.text.ipynb #177af392
 NAMES = "Anna Boris Clara David Elena Felix Greta Hugo Irma Jonas Karin Leo Mara Nils Olga Peter Rosa Simon Tilda Viktor".split()
@@ -127,8 +129,45 @@ class TokenBlocks:
         self.docs.load_state_dict(state["docs"])
         self.rest, self.epoch = list(state["rest"]), state["epoch"]
 
+# %% ../../nbs/20_data.text.ipynb #7f759e8c
+MOST = 2**24      # no row has more tokens and no count is larger: beyond lies a typing mistake
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Settings):
+    """Where documents come from: `source` is `"stories"`, files, a folder or a dataset's name.
+
+    `split` and `subset` choose a part of a hub dataset, `column` is where its text stands."""
+    table: ClassVar[str] = "text"
+    source: str | tuple[str, ...] = "stories"
+    split: str = "train"
+    subset: str | None = None
+    column: str = "text"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", plain_source(self.source))
+        super().__post_init__()
+
+    def check(self) -> None:
+        for key in ("source", "split", "column"):
+            if not getattr(self, key): raise ValueError(f"{self.name(key)}: expected something, got {getattr(self, key)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(SourceConfig):
+    "Settings of `text`; `passkeys` is the share of passkey books that a recipe mixes in."
+    length: int = setting(512, low=2, high=MOST)
+    passkeys: float = setting(0.0, low=0, high=1)
+
+
+def plain_source(source: Any) -> Any:
+    "`source` with its paths as strings, so that settings can be compared and written."
+    if isinstance(source, Path): return str(source)
+    if not isinstance(source, (list, tuple)): return source
+    return tuple(str(s) if isinstance(s, Path) else s for s in source)
+
 # %% ../../nbs/20_data.text.ipynb #f7189372
 def text(tokenizer, source: str | Path | list[str] = "stories", *, length: int = 512, column: str = "text", split: str = "train",
          subset: str | None = None, seed: int = 0) -> TokenBlocks:
     "Token blocks of `length` from `source`: `\"stories\"`, local .txt/.jsonl/.parquet files, or a Hugging Face dataset name (see `documents`)."
-    return TokenBlocks(tokenizer, documents(source, split=split, subset=subset, seed=seed), length, column)
+    c = TextConfig(source=source, length=length, column=column, split=split, subset=subset)  # type: ignore[arg-type]
+    return TokenBlocks(tokenizer, documents(source, split=c.split, subset=c.subset, seed=seed), c.length, c.column)

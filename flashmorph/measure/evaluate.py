@@ -6,19 +6,33 @@
 from __future__ import annotations
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
 from ..model.logits import hidden_states, logits_from_hidden
 from ..data.passkeys import Passkeys
-from ..data.text import documents, text
+from ..data.text import MOST, SourceConfig, documents, text
 from ..results import Evaluation
+from ..settings import setting
 
 # %% auto #0
-__all__ = ['HELD_OUT', 'evaluate_recall', 'evaluate_text', 'evaluate']
+__all__ = ['HELD_OUT', 'EvaluateConfig', 'evaluate_recall', 'evaluate_text', 'evaluate']
 
 # %% ../../nbs/51_measure.evaluate.ipynb #c91a1883
 HELD_OUT = 1_000_003      # seeds of evaluation data start here; trainings use small seeds
+
+# %% ../../nbs/51_measure.evaluate.ipynb #501aa0b8
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SourceConfig):
+    "Settings of `evaluate`: `books` books of `length` tokens, read in batches of `batch_size`."
+    table: ClassVar[str] = "evaluate"
+    length: int = setting(1024, low=2, high=MOST)
+    keys: int = setting(10, low=1, high=1000)
+    words_per_key: int = setting(32, low=1, high=1000)
+    books: int = setting(64, low=1, high=MOST)
+    batch_size: int = setting(8, low=1, high=MOST)
 
 # %% ../../nbs/51_measure.evaluate.ipynb #ade2f953
 @torch.no_grad()
@@ -66,6 +80,7 @@ def evaluate(model: nn.Module, tokenizer, *, length: int = 1024, keys: int = 10,
     """Recall on `books` held-out passkey books of `length` tokens, and the loss on as many blocks of plain text from `source`.
 
     Deterministic for a given `seed`. Raises `ValueError` if `length` cannot hold the passkeys."""
+    EvaluateConfig(length=length, keys=keys, words_per_key=words_per_key, books=books, batch_size=batch_size, source=source, column=column)  # type: ignore[arg-type]
     training = model.training
     model.eval()
     passkeys = Passkeys(tokenizer, documents(source, seed=seed), length, keys=keys, words_per_key=words_per_key, column=column, seed=seed)
