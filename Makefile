@@ -1,4 +1,4 @@
-# One command for each thing people do here. Every target sets the project up first if that has not been done.
+# One command for each thing people do here. Every target sets the project up first if needed.
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
@@ -11,7 +11,8 @@ help:  ## show this list
 
 setup: .venv/.ready  ## make .venv with everything in it, at the versions of constraints.txt
 
-# torch on its own and first: it is by far the largest (gigabytes of CUDA, unless pip is told of CPU builds), and the rest must fit it.
+# torch on its own and first: it is by far the largest (gigabytes of CUDA, unless pip is set to CPU
+# builds), and the rest must fit it.
 .venv/.ready: constraints.txt settings.ini setup.py
 	@echo 'Setting up .venv (some minutes the first time)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,7 +28,8 @@ test: setup  ## every check: export in sync, lint, types, notebooks, tests
 	@tests/run.sh
 
 lab: setup  ## open the notebooks in JupyterLab, at the first tutorial
-	@$(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/tutorials/01_five_minutes.ipynb
+	@$(BIN)/jupyter lab --notebook-dir=nbs \
+		--LabApp.default_url=/lab/tree/tutorials/01_five_minutes.ipynb
 
 docs: setup  ## the site: notebooks and API as web pages in docs/_build/html
 	@$(BIN)/python docs/build.py && echo 'Open docs/_build/html/index.html'
@@ -42,4 +44,5 @@ readme: setup  ## write README.md from nbs/index.ipynb
 
 clean:  ## remove what the other targets built (not .venv, not your runs)
 	@rm -rf build dist *.egg-info docs/_build docs/_work .pytest_cache .mypy_cache .ruff_cache
-	@find nbs flashmorph tests docs \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	@find nbs flashmorph tests docs \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+		-prune -exec rm -rf {} +

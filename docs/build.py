@@ -161,9 +161,11 @@ def convert(notebook: Notebook) -> None:
     NBProcessor(nb=nb, procs=procs).process()
     cells = []
     for cell in nb.cells:
-        if cell.cell_type == "code": cells += code(cell, notebook); continue
-        cell.source = linked(cell.source, notebook)
-        cells.append(cell)
+        if cell.cell_type == "code":
+            cells += code(cell, notebook)
+        else:
+            cell.source = linked(cell.source, notebook)
+            cells.append(cell)
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     nb.cells = cells
     nb.metadata = {"kernelspec": kernel}

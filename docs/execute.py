@@ -1,13 +1,14 @@
 """Execute notebooks in place, as they are kept in git: `python docs/execute.py NOTEBOOK ...`.
 
-Progress bars are dropped, the printed lines of a cell are one output however they arrived, and no
-state of widgets is stored."""
+Progress bars are dropped, the printed lines of a cell are one output however they arrived, no state
+of widgets is stored, and the notebook is cleaned as `nbdev_clean` does it."""
 import re
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
 
 BAR = re.compile(r"%\|.*\[.*\]")  # what a progress bar leaves behind
 
@@ -30,6 +31,7 @@ def execute(path: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not is_bar(output)]
     nbformat.write(notebook, path)
+    nbdev_clean(str(path))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"Turn a pretrained Transformer into a hybrid attention model, and choose which layers keep full attention."
+"""Turn a pretrained Transformer into a hybrid attention model, and choose which layers keep full
+attention."""
 __version__ = "0.0.1"
 
-# What a chapter needs and is slow to import (plotly, datasets, kernels) is imported inside its functions, so that this stays
-# light; tests/test_house.py keeps watch. `flashmorph.model.hybrid` also registers the hybrid with transformers' Auto classes.
+# What is slow to import (plotly, datasets, kernels) is imported inside the functions that need it:
+# `import flashmorph` stays light, which tests/test_rules.py checks. The import of
+# `flashmorph.model.hybrid` registers the hybrid with transformers' Auto classes.
 from flashmorph.choose.gates import GateRun, train_gates
 from flashmorph.choose.uniform import uniform
 from flashmorph.data.mixture import Mixture
@@ -35,8 +37,9 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun", "HybridConfig", "HybridForCausalLM",
-    "Mixer", "Mixture", "MorphableModel", "Ranking", "RecallMap", "Selection", "SelectionCompare", "align", "distill",
-    "evaluate", "finetune", "load_model", "load_teacher", "mixer_names", "morph", "passkeys", "register_mixer", "text",
+    "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
+    "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
+    "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate", "finetune",
+    "load_model", "load_teacher", "mixer_names", "morph", "passkeys", "register_mixer", "text",
     "train_gates", "uniform",
 ]

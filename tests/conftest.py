@@ -2,4 +2,5 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption("--screenshots", metavar="FOLDER", help="also write pictures of the widgets in JupyterLab, to look at")
+    parser.addoption("--screenshots", metavar="FOLDER",
+                     help="also write pictures of the widgets in JupyterLab, to look at")

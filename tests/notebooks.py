@@ -1,0 +1,134 @@
+"The notebooks, read for the checks of the project rules."
+import ast
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+
+# Files that do not keep the rules of typesetting yet. The list only shrinks: a file that keeps
+# them has to be taken off.
+NOT_YET = {
+    "nbs/00_store.ipynb",
+    "nbs/01_selection.ipynb",
+    "nbs/02_results.ipynb",
+    "nbs/03_settings.ipynb",
+    "nbs/10_ops.reference.ipynb",
+    "nbs/12_ops.chunked.ipynb",
+    "nbs/14_ops.kernels.ipynb",
+    "nbs/15_ops.dispatch.ipynb",
+    "nbs/16_ops.bench.ipynb",
+    "nbs/20_data.text.ipynb",
+    "nbs/21_data.mixture.ipynb",
+    "nbs/22_data.passkeys.ipynb",
+    "nbs/30_model.mixers.ipynb",
+    "nbs/31_model.hosts.ipynb",
+    "nbs/32_model.cache.ipynb",
+    "nbs/33_model.layers.ipynb",
+    "nbs/34_model.hybrid.ipynb",
+    "nbs/35_model.morph.ipynb",
+    "nbs/36_model.logits.ipynb",
+    "nbs/37_model.teacher.ipynb",
+    "nbs/40_train.fit.ipynb",
+    "nbs/42_train.align.ipynb",
+    "nbs/43_train.distill.ipynb",
+    "nbs/50_measure.cost.ipynb",
+    "nbs/51_measure.evaluate.ipynb",
+    "nbs/52_measure.recall.ipynb",
+    "nbs/60_choose.gates.ipynb",
+    "nbs/61_choose.uniform.ipynb",
+    "nbs/70_show.figures.ipynb",
+    "nbs/71_show.widgets.ipynb",
+    "nbs/75_show.report.ipynb",
+    "nbs/80_run.recipe.ipynb",
+    "nbs/85_run.cli.ipynb",
+    "nbs/benchmarks.ipynb",
+    "nbs/index.ipynb",
+    "nbs/tutorials/01_five_minutes.ipynb",
+    "nbs/tutorials/02_inside_the_gates.ipynb",
+    "nbs/tutorials/03_budget.ipynb",
+    "nbs/tutorials/04_your_own_model.ipynb",
+    "nbs/tutorials/05_your_own_mixer.ipynb",
+    "nbs/tutorials/06_longer_texts.ipynb",
+    "flashmorph/static/compare.js",
+    "flashmorph/static/explorer.js",
+    "flashmorph/static/kit.js",
+    "flashmorph/static/monitor.js",
+    "flashmorph/static/recall.js",
+    "flashmorph/static/widgets.css",
+}
+
+
+@dataclass(frozen=True)
+class Notebook:
+    "What the rules need to know of a notebook."
+    name: str
+    text: str
+
+    @cached_property
+    def json(self) -> dict: return json.loads(self.text)
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        "Type and source of each cell."
+        return [(cell["cell_type"], "".join(cell["source"])) for cell in self.json["cells"]]
+
+    @property
+    def code(self) -> list[str]:
+        "The sources of the code cells."
+        return [source for kind, source in self.cells if kind == "code"]
+
+    @cached_property
+    def exported(self) -> list[str]:
+        "The sources of the cells that the module is made of."
+        return [source for source in self.code if is_exported(source)]
+
+    @property
+    def module(self) -> str | None:
+        "The module that the notebook writes, without the package."
+        found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(self.code), re.M)
+        return found[1] if found else None
+
+    @property
+    def number(self) -> int | None:
+        "The number that the file name begins with: its place in the order."
+        found = re.match(r"(\d+)_", self.name.rpartition("/")[2])
+        return int(found[1]) if found else None
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        "Everything in the syntax trees of the exported cells."
+        return [node for source in self.exported for node in ast.walk(ast.parse(source))]
+
+
+def is_exported(source: str) -> bool:
+    "Whether a code cell goes into the module."
+    return bool(re.search(r"^#\|\s*exports?\b", source, re.M))
+
+
+def is_imports(source: str) -> bool:
+    "Whether a cell holds imports and nothing else."
+    try: body = ast.parse(source).body
+    except SyntaxError: return False                      # shell commands and magics
+    return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
+
+
+def lines_of(source: str) -> list[str]:
+    "The lines of a cell that a reader reads: neither empty ones nor directives."
+    return [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+
+
+def read(path: Path) -> Notebook:
+    return Notebook(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+
+
+def hidden(path: Path) -> bool:
+    "Whether a file or a folder above it is hidden from nbdev."
+    return any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)
+
+
+BOOK = [read(path) for path in sorted(NBS.rglob("*.ipynb")) if not hidden(path)]
+CHAPTERS = [notebook for notebook in BOOK if notebook.module]
