@@ -4,158 +4,296 @@
 
 # %% ../../nbs/85_run.cli.ipynb #6bf9f248
 from __future__ import annotations
-import contextlib
+import contextlib, io, json, shlex, signal, sys, threading
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+from ..store import nearest, write_aside
 
 # %% auto #0
-__all__ = ['app', 'console', 'errors', 'Set', 'Resume', 'Overwrite', 'bench', 'Device', 'Json', 'demo', 'convert', 'select',
-           'evaluate', 'pretrain', 'bench_ops', 'bench_gates']
+__all__ = ['console', 'errors', 'SIMPLE', 'ADVICE', 'app', 'Set', 'Resume', 'Overwrite', 'Count', 'Length', 'Keys', 'WordsPerKey',
+           'BatchSize', 'bench', 'Device', 'Json', 'Repeats', 'printable', 'show', 'show_step', 'show_progress',
+           'first_line', 'is_out_of_memory', 'go_on', 'interrupted_by_sigterm', 'plain_errors', 'OneLineErrors',
+           'any_command', 'run_recipe', 'convert', 'demo', 'select', 'scores_table', 'evaluate', 'pretrain',
+           'show_measured', 'whole_numbers', 'bench_ops', 'bench_gates']
 
-# %% ../../nbs/85_run.cli.ipynb #03d30bc9
-app = typer.Typer(help="Turn a pretrained Transformer into a hybrid attention model.", no_args_is_help=True, add_completion=False,
-                  pretty_exceptions_enable=False)
-console = Console()
-errors = Console(stderr=True)
+# %% ../../nbs/85_run.cli.ipynb #36428bf5
+console = Console(force_jupyter=False)
+errors = Console(stderr=True, force_jupyter=False)
+
+SIMPLE = str.maketrans({"█": "#", "·": "-", "—": "-", "…": "..."})
+
+def printable(text: str, encoding: str | None) -> str:
+    "`text` in characters of `encoding`; what has no simple form becomes a question mark."
+    encoding = encoding or "utf-8"
+    try: text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(SIMPLE).encode(encoding, "replace").decode(encoding)
+    return text
+
+def show(line: str, to: Console = console) -> None:
+    "Print one line as it is."
+    text = printable(line, to.encoding)
+    to.print(text, markup=False, highlight=False, soft_wrap=True)
+
+def show_step(line: str) -> None: show(f"> {line}")
+def show_progress(line: str) -> None: show(f"> {line}", errors)
+
+# %% ../../nbs/85_run.cli.ipynb #c54b605d
+def first_line(error: BaseException) -> str:
+    "The message of an error on one line: its first paragraph, or the name of the error."
+    paragraph = str(error).strip().split("\n\n")[0]
+    return " ".join(paragraph.split()) or type(error).__name__
+
+def is_out_of_memory(error: BaseException) -> bool:
+    "PyTorch has a class for full GPUs, and only words for full machines."
+    if isinstance(error, MemoryError): return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+# %% ../../nbs/85_run.cli.ipynb #7751740b
+def go_on(folder: Path) -> str:
+    "The command that goes on with a run."
+    return "go on with: " + shlex.join(["flashmorph", "convert", "--resume", "--out", str(folder)])
 
 @contextlib.contextmanager
-def _plain_errors(folder: Path | None = None) -> Iterator[None]:
-    "Errors of the input as one line and exit status 2; an interruption as 130, with the way to go on."
+def interrupted_by_sigterm() -> Iterator[None]:
+    "Within, `SIGTERM` raises `KeyboardInterrupt`."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def handler(number: int, frame: Any) -> None: raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, handler)
     try: yield
-    except (ValueError, TypeError, OSError, FloatingPointError) as e:
-        errors.print(f"flashmorph: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from e
-    except KeyboardInterrupt as e:
-        hint = f"; go on with: flashmorph convert --resume --out {folder}" if folder else ""
-        errors.print(f"flashmorph: stopped. {e}{hint}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from e
+    finally: signal.signal(signal.SIGTERM, before)
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. align.steps=100.")]
+# %% ../../nbs/85_run.cli.ipynb #03d30bc9
+ADVICE = "Out of memory: lower batch_size or length (accumulate keeps the rows of a step)"
+
+@contextlib.contextmanager
+def plain_errors(folder: Path | None = None) -> Iterator[None]:
+    "Errors as one line; an interrupted run in `folder` can go on, and the line says how."
+    hint = f"; {go_on(folder)}" if folder else ""
+    try:
+        with interrupted_by_sigterm(): yield
+    except BrokenPipeError: raise                        # nobody reads on: typer ends quietly
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        show(f"flashmorph: {first_line(error)}", errors)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        said = f": {error}" if str(error) else ""
+        show(f"flashmorph: stopped{said}{hint}", errors)
+        raise typer.Exit(130) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error): raise
+        show(f"flashmorph: {first_line(error)} {ADVICE}{hint}", errors)
+        raise typer.Exit(2) from error
+
+# %% ../../nbs/85_run.cli.ipynb #30d329b7
+class OneLineErrors(TyperGroup):
+    "A group of commands whose errors of usage are one line, too."
+    def invoke(self, ctx: Any) -> Any:
+        try: return super().invoke(ctx)
+        except typer.TyperException as error:
+            where = getattr(error, "ctx", None) or ctx
+            message = first_line(ValueError(error.format_message())).rstrip(".")
+            show(f"flashmorph: {message}; see {where.command_path} --help", errors)
+            raise typer.Exit(2) from error
+
+app = typer.Typer(
+    help="Turn a pretrained Transformer into a hybrid attention model.", cls=OneLineErrors,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+@app.callback()
+def any_command() -> None:
+    # a character that the terminal lacks should not end a command of hours
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
+
+# %% ../../nbs/85_run.cli.ipynb #9ff2725e
+Set = Annotated[list[str] | None, typer.Option(
+    "--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. align.steps=100.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 
 # %% ../../nbs/85_run.cli.ipynb #d065bee2
-def _convert(recipe: Path | None, out: Path, changes: list[str], resume: bool, overwrite: bool) -> None:
+def run_recipe(
+    recipe: Path | None, out: Path, changes: list[str], resume: bool, overwrite: bool
+) -> None:
+    "Convert, and print the table of results."
     from flashmorph.run.recipe import convert, load_recipe
     from flashmorph.show.report import results_table
     from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()                           # the bars of loading and saving; those of training stay
-    with _plain_errors(out):
+    disable_progress_bar()                   # of loading and saving; the bars of training stay
+    with plain_errors(out):
         loaded = load_recipe(recipe, changes) if recipe else None
-        results = convert(loaded, out, resume=resume, overwrite=overwrite, say=lambda line: console.print(f"[bold]>[/] {line}"))
+        results = convert(loaded, out, resume=resume, overwrite=overwrite, say=show_step)
         console.print(results_table(results))
-        console.print(f"hybrid {out / 'hybrid'}   report {out / 'report.html'}   figures {out / 'results.json'}", markup=False, highlight=False, soft_wrap=True)
+        for name in ("hybrid", "report.html", "results.json"): show(f"{name:13} {out / name}")
 
+# %% ../../nbs/85_run.cli.ipynb #d453a054
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-         mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
-         changes: Set = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
-    "The whole story on the bundled teacher: a table and a report at the end."
-    recipe = Path(str(files("flashmorph") / "static" / "demo.toml"))
-    _convert(None if resume else recipe, out, [f"mixer={mixer}", *(changes or [])], resume, overwrite)
-
-@app.command()
-def convert(recipe: Annotated[Path | None, typer.Argument(help="Recipe (TOML); may be left out with --resume.")] = None,
-            out: Annotated[Path, typer.Option(help="Run folder; never written over unless told to.")] = Path("runs/convert"),
-            changes: Set = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+def convert(
+    recipe: Annotated[Path | None, typer.Argument(
+        help="Recipe (TOML); may be left out with --resume.")] = None,
+    out: Annotated[Path, typer.Option(
+        help="Run folder; never written over unless told to.")] = Path("runs/convert"),
+    changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
+) -> None:
     "Convert a teacher as a recipe says: align, gates, select, distill, finetune, evaluate."
-    _convert(recipe, out, changes or [], resume, overwrite)
+    run_recipe(recipe, out, changes or [], resume, overwrite)
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
+    changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
+) -> None:
+    "The whole story on the bundled teacher: a table and a report at the end."
+    shipped = Path(str(files("flashmorph") / "static" / "demo.toml"))
+    recipe = None if resume else shipped
+    run_recipe(recipe, out, [f"mixer={mixer}", *(changes or [])], resume, overwrite)
 
 # %% ../../nbs/85_run.cli.ipynb #ef9973ff
 @app.command()
-def select(run: Annotated[Path, typer.Argument(help="Run folder with gates.json.")],
-           budget: Annotated[int, typer.Option(help="Number of layers that keep full attention.")],
-           method: Annotated[str, typer.Option(help="flashmorph or uniform.")] = "flashmorph",
-           save: Annotated[bool, typer.Option("--save", help="Also write selection.json into the run.")] = False) -> None:
+def select(
+    run: Annotated[Path, typer.Argument(help="Run folder with gates.json.")],
+    budget: Annotated[int, typer.Option(help="Number of layers that keep full attention.")],
+    method: Annotated[str, typer.Option(help="flashmorph or uniform.")] = "flashmorph",
+    save: Annotated[bool, typer.Option(
+        "--save", help="Also write selection.json into the run.")] = False,
+) -> None:
     "The layers a budget would keep, from a finished gate training."
-    from flashmorph.choose.uniform import uniform
     from flashmorph.choose.gates import GateRun
-    from flashmorph.run.recipe import nearest
-    with _plain_errors():
+    from flashmorph.choose.uniform import uniform
+    with plain_errors():
         gates = GateRun.load(run)
+        # one selection for each name
         methods = {"flashmorph": gates.select, "uniform": lambda k: uniform(gates.num_layers, k)}
-        if method not in methods: raise ValueError(f"--method: unknown method {method!r}; {nearest(method, methods)}")
+        if method not in methods:
+            raise ValueError(f"--method: unknown method {method!r}; {nearest(method, methods)}")
         selection = methods[method](budget)
-        console.print(str(selection), markup=False, highlight=False, soft_wrap=True)
         if save: selection.save(run)
+        show(str(selection))
 
+# %% ../../nbs/85_run.cli.ipynb #eec6b584
+Count = Annotated[int, typer.Option(min=1)]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per book.")]
+Keys = Annotated[int, typer.Option(min=1, help="Passkeys per book.")]
+WordsPerKey = Annotated[int, typer.Option(min=1, help="Words per passkey.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Books read at once.")]
+
+def scores_table(title: str, scores: dict[str, Any]) -> Table:
+    "Scores by name, one a row."
+    table = Table(title=Text(title), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for name, value in scores.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    return table
+
+# %% ../../nbs/85_run.cli.ipynb #037f403f
 @app.command()
-def evaluate(model: Annotated[str, typer.Argument(help="Hybrid or teacher: a folder, a hub name, or 'bundled'.")],
-             length: Annotated[int, typer.Option(help="Tokens per book.")] = 1024, keys: Annotated[int, typer.Option(help="Passkeys per book.")] = 10,
-             words_per_key: Annotated[int, typer.Option(help="Words per passkey.")] = 32, books: Annotated[int, typer.Option(help="Books to read.")] = 64,
-             batch_size: int = 8, source: Annotated[str, typer.Option(help="'stories', a file, or a dataset name.")] = "stories") -> None:
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, a hub name, or 'bundled'.")],
+    length: Length = 1024, keys: Keys = 10, words_per_key: WordsPerKey = 32,
+    books: Annotated[int, typer.Option(min=1, help="Books to read.")] = 64,
+    batch_size: BatchSize = 8,
+    source: Annotated[str, typer.Option(help="'stories', a file, a dataset name.")] = "stories",
+) -> None:
     "Recall of held-out passkeys and loss on held-out text."
     from dataclasses import asdict
-    from rich.table import Table
     from flashmorph.measure.evaluate import evaluate as run_evaluation
     from flashmorph.model.teacher import load_model
-    with _plain_errors():
+    with plain_errors():
         loaded, tokenizer = load_model(model)
-        scores: dict[str, Any] = asdict(run_evaluation(loaded, tokenizer, length=length, keys=keys, words_per_key=words_per_key, books=books,
-                                                       batch_size=batch_size, source=source))
-        table = Table(title=f"{model}: {books} books of {length} tokens")
-        for name in scores: table.add_column(name, justify="right")
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in scores.values()))
-        console.print(table)
+        scores = run_evaluation(
+            loaded, tokenizer, length=length, keys=keys, words_per_key=words_per_key, books=books,
+            batch_size=batch_size, source=source)
+        console.print(scores_table(f"{model}: {books} books of {length} tokens", asdict(scores)))
 
 # %% ../../nbs/85_run.cli.ipynb #2f96057b
 @app.command()
-def pretrain(out: Annotated[Path, typer.Option(help="Run folder; the teacher is saved in its folder 'teacher'.")] = Path("runs/pretrain"),
-             seed: int = 0, resume: Resume = False) -> None:
+def pretrain(
+    out: Annotated[Path, typer.Option(
+        help="Run folder; the teacher is saved in its folder 'teacher'.")] = Path("runs/pretrain"),
+    seed: int = 0, resume: Resume = False,
+) -> None:
     "Train the bundled teacher from scratch (about ten minutes on two cores)."
     from flashmorph.run.pretrain import pretrain as train
-    with _plain_errors():
-        if not resume and out.exists() and any(out.iterdir()): raise ValueError(f"{out} exists and is not empty: choose another folder, or --resume")
-        train(out, seed=seed, resume=resume, say=lambda line: console.print(f"[bold]>[/] {line}"))
+    with plain_errors():
+        if not resume and out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} exists and is not empty: choose another folder, or --resume")
+        train(out, seed=seed, resume=resume, say=show_step)
 
 # %% ../../nbs/85_run.cli.ipynb #b0c1a001
-bench = typer.Typer(help="Measure speed and memory, side by side with what others use.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory, side by side with what others use.")
 app.add_typer(bench, name="bench")
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write what was measured to this file.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write what was measured here.")]
+Repeats = Annotated[int, typer.Option(
+    min=1, help="Calls of each, fewer if slow; medians are printed.")]
 
-def _measured(result: dict[str, Any], lines: list[str], file: Path | None) -> None:
-    import json
-    from flashmorph.store import write_aside
-    for line in lines: console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if file is not None: write_aside(file, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+def show_measured(result: dict[str, Any], lines: list[str], file: Path | None) -> None:
+    "Print the `lines`, and write the `result` to a file if there is to be one."
+    for line in lines: show(line)
+    written = json.dumps(result, indent=1) + "\n"
+    if file is not None: write_aside(file, lambda path: path.write_text(written))
 
-def _say(line: str) -> None: errors.print(f"> {line}", markup=False, highlight=False)
+def whole_numbers(option: str, value: str) -> list[int]:
+    "`512,4096` as numbers; `ValueError` unless all are at least 1."
+    try: numbers = [int(number) for number in value.split(",")]
+    except ValueError: numbers = [0]
+    if min(numbers) < 1:
+        raise ValueError(f"{option}: expected whole numbers with commas between, got {value!r}")
+    return numbers
 
+# %% ../../nbs/85_run.cli.ipynb #f1c18908
 @bench.command("ops")
-def bench_ops(ops: Annotated[str, typer.Option(help="Which, with commas between.")] = "lightning,gla,gdn",
-              lengths: Annotated[str, typer.Option(help="Tokens, with commas between.")] = "512,4096,16384",
-              batch: Annotated[int, typer.Option(help="Rows.")] = 1, heads: int = 4, dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
-              dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32", device: Device = "cpu",
-              repeats: Annotated[int, typer.Option(help="Calls of each, fewer if slow; medians are printed.")] = 7,
-              peers: Annotated[bool, typer.Option(help="Others too, or our own forms only.")] = True, file: Json = None) -> None:
-    "Every form of every op and its peers, forward and backward: time, ratio to the peer, memory, share of what the machine could do."
-    from flashmorph.ops import bench as b
-    from flashmorph.run.recipe import nearest
-    with _plain_errors():
-        kinds = {"float32": b.torch.float32, "bfloat16": b.torch.bfloat16, "float16": b.torch.float16}
-        if dtype not in kinds: raise ValueError(f"--dtype: unknown {dtype!r}; {nearest(dtype, kinds)}")
-        try: tokens = [int(n) for n in lengths.split(",")]
-        except ValueError: raise ValueError(f"--lengths: expected whole numbers with commas between, got {lengths!r}") from None
-        result = b.bench_ops(ops.split(","), tokens, B=batch, H=heads, D=dim, dtype=kinds[dtype], device=device, repeats=repeats, peers=peers, say=_say)
-        _measured(result, b.bench_lines(result), file)
+def bench_ops(
+    ops: Annotated[str, typer.Option(help="Which, with commas between.")] = "lightning,gla,gdn",
+    lengths: Annotated[str, typer.Option(help="Tokens, with commas between.")] = "512,4096,16384",
+    batch: Count = 1, heads: Count = 4, dim: Count = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "cpu", repeats: Repeats = 7,
+    peers: Annotated[bool, typer.Option(help="Others too, or our own forms only.")] = True,
+    file: Json = None,
+) -> None:
+    "Every form of every op and its peers, forward and backward: time, ratio, memory, share."
+    import torch
+    from flashmorph.ops.bench import bench_lines, bench_ops as run_bench
+    from flashmorph.run.bench import check_device
+    with plain_errors():
+        # names become what the library takes
+        kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+        if dtype not in kinds:
+            raise ValueError(f"--dtype: unknown {dtype!r}; {nearest(dtype, kinds)}")
+        sizes = {"B": batch, "H": heads, "D": dim}
+        result = run_bench(
+            ops.split(","), whole_numbers("--lengths", lengths), **sizes, dtype=kinds[dtype],
+            device=check_device(device), repeats=repeats, peers=peers, say=show_progress)
+        show_measured(result, bench_lines(result), file)
 
 # %% ../../nbs/85_run.cli.ipynb #b0c1a002
 @bench.command("gates")
-def bench_gates(teacher: Annotated[str, typer.Option(help="'bundled', a folder, or a hub name.")] = "bundled",
-                mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
-                length: Annotated[int, typer.Option(help="Tokens per book.")] = 256, keys: Annotated[int, typer.Option(help="Passkeys per book.")] = 4,
-                words_per_key: Annotated[int, typer.Option(help="Words per passkey.")] = 6, batch_size: Annotated[int, typer.Option(help="Books a step.")] = 4,
-                steps: Annotated[int, typer.Option(help="Steps of each training.")] = 50, device: Device = "cpu",
-                repeats: Annotated[int, typer.Option(help="Trainings of each kind; medians are printed.")] = 7, file: Json = None) -> None:
+def bench_gates(
+    teacher: Annotated[str, typer.Option(help="'bundled', a folder, or a hub name.")] = "bundled",
+    mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
+    length: Length = 256, keys: Keys = 4, words_per_key: WordsPerKey = 6, batch_size: BatchSize = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 50,
+    device: Device = "cpu", repeats: Repeats = 7, file: Json = None,
+) -> None:
     "A step of gate training in forward passes of the teacher, and what watching it costs."
     from flashmorph.run.bench import bench_gates as run_bench, gates_lines
-    with _plain_errors():
-        result = run_bench(teacher, mixer, length=length, keys=keys, words_per_key=words_per_key, batch_size=batch_size, steps=steps, repeats=repeats,
-                           device=device, say=_say)
-        _measured(result, gates_lines(result), file)
+    with plain_errors():
+        result = run_bench(
+            teacher, mixer, length=length, keys=keys, words_per_key=words_per_key,
+            batch_size=batch_size, steps=steps, repeats=repeats, device=device, say=show_progress)
+        show_measured(result, gates_lines(result), file)
