@@ -16,7 +16,6 @@ family = pytest.mark.parametrize("name", list(FAMILIES))
 UNSUPPORTED = {
     "bloom": dict(n_layer=2, n_head=4, hidden_size=32),
     "falcon": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32),
-    "gptj": dict(n_layer=2, n_head=4, n_embd=32, rotary_dim=4),
     "gpt_neo": dict(num_layers=2, num_heads=4, hidden_size=32, attention_types=[[["global", "local"], 1]]),
     "stablelm": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, hidden_size=32, intermediate_size=48),
     "nemotron": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, hidden_size=32, intermediate_size=48),

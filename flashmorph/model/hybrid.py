@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
-from .cache import linear_slot
+from .cache import CACHE_NAMES, cache_name, find_cache, linear_slot
 from .hosts import attention_modules
 from .layers import adapt_full, hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
@@ -90,6 +90,7 @@ class HybridForCausalLM(_Host):
         else:
             for module in self.host.modules(): module._is_hf_initialized = True                  # weights that `post_init` leaves alone
         hand_mask_down(self.host)
+        self._cache_name = cache_name(type(self.host).forward)
         self.post_init()
 
     @classmethod
@@ -105,17 +106,25 @@ class HybridForCausalLM(_Host):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Any = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, **kwargs):
-        "What the host returns. `attention_mask` is `(B, T)`, 1 on real tokens."
-        return self.host(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                         inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+        "What the host returns. `attention_mask` is `(B, T)`, 1 on real tokens; the cache may be called `past_key_values` or `cache`."
+        cache = self._adopt(find_cache({"past_key_values": past_key_values, **kwargs}))
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | {self._cache_name: cache}
+        return self.host(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+                         labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+
+    def _adopt(self, cache: Any) -> Any:
+        "Gives each linear layer its slot, for without any the decoder could not ask a cache for its length."
+        if cache is not None:
+            for i in range(self.config.num_hidden_layers):
+                if i not in self.config.full_layers: linear_slot(cache, i)
+        return cache
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)       # type: ignore[misc]
-        if (cache := model_kwargs.get("past_key_values")) is not None:
-            for i in set(range(self.config.num_hidden_layers)) - set(self.config.full_layers): linear_slot(cache, i)
+        self._adopt(find_cache(model_kwargs))
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs): return attention_mask
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs): return attention_mask
 
 AutoConfig.register("flashmorph_hybrid", HybridConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
