@@ -15,6 +15,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 from browser import chromium, open_page
+from notebooks import NOT_YET
 
 import flashmorph
 
@@ -212,6 +213,64 @@ def test_a_parameter_does_not_link_to_a_function_of_its_name(site, window):
             seen[entry["name"]] = entry
     assert "align" in seen["flashmorph.choose.uniform.uniform"]["signature"]
     assert "load_model" in seen["flashmorph.model.teacher.load_teacher"]["linked"]
+
+
+# Code that can be read whole
+
+ROOM = """() => {
+    document.querySelectorAll('details').forEach((details) => { details.open = true; });
+    const columns = (block) => {
+        const probe = Object.assign(document.createElement('span'), {textContent: 'x'.repeat(100)});
+        const style = getComputedStyle(block);
+        const padding = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
+        block.append(probe);
+        const column = probe.getBoundingClientRect().width / 100;
+        probe.remove();
+        return (block.clientWidth - padding) / column;
+    };
+    return [...document.querySelectorAll('div.cell_input pre')].map(columns);
+}"""
+CUT = """() => {
+    document.querySelectorAll('details').forEach((details) => { details.open = true; });
+    return [...document.querySelectorAll('pre')]
+        .filter((block) => block.scrollWidth > block.clientWidth)
+        .map((block) => block.innerText.split('\\n').reduce((a, b) => a.length < b.length ? b : a));
+}"""
+
+
+def test_a_code_cell_holds_100_columns_at_1300_pixels(site, window):
+    room = []
+    for page in pages(site):
+        window.goto(page.as_uri())
+        room += window.evaluate(ROOM)
+    assert len(room) > 100
+    assert min(room) >= 100
+
+
+def not_set_yet(site: Path) -> set[Path]:
+    "The pages of the notebooks that are not set yet."
+    names = [re.sub(r"\b\d+_", "", name).removeprefix("nbs/") for name in NOT_YET]
+    return {(site / name).with_suffix(".html") for name in names}
+
+
+def test_no_code_is_cut_at_1300_pixels(site, window):
+    "On pages of notebooks that are set; see `NOT_YET`."
+    cut = {}
+    for page in pages(site):
+        if page in not_set_yet(site): continue
+        window.goto(page.as_uri())
+        if lines := window.evaluate(CUT): cut[page.name] = lines
+    assert not cut
+
+
+@pytest.mark.parametrize("width", [390, 1300])
+def test_no_page_is_wider_than_its_window(site, window, width):
+    "On a phone, wide code and tables scroll within the page."
+    window.set_viewport_size({"width": width, "height": 900})
+    for page in pages(site):
+        window.goto(page.as_uri())
+        root = "document.documentElement"
+        assert window.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), page.name
 
 
 # What pages do
