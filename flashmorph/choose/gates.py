@@ -4,19 +4,21 @@
 
 # %% ../../nbs/60_choose.gates.ipynb #a1a3566a
 from __future__ import annotations
-import hashlib, json
-from collections.abc import Iterable
+import hashlib, json, os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import torch
-from ..train.fit import Callback, FitConfig, Objective, fit
+from ..folder import Run
+from ..settings import setting, takes
+from ..train.fit import MOST, Callback, FitConfig, Objective, fit, stage_settings
 from ..selection import Ranking, Selection
 from ..store import write_aside
 from ..model.morph import MorphableModel
 
 # %% auto #0
-__all__ = ['LAMBDA', 'GateObjective', 'GateRun', 'train_gates']
+__all__ = ['LAMBDA', 'GateObjective', 'GateRun', 'GatesConfig', 'train_gates']
 
 # %% ../../nbs/60_choose.gates.ipynb #709e1080
 LAMBDA = {"raw": 0.1, "relative": 0.01}
@@ -81,7 +83,7 @@ class GateRun:
         "Short hash of the trajectory, to tell runs apart."
         return hashlib.sha256(self.trajectory.float().contiguous().numpy().tobytes()).hexdigest()[:12]
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | os.PathLike) -> Path:
         "Write `gates.json` into `folder`."
         path = Path(folder) / "gates.json"
         record = {"gates": self.gates.tolist(), "area": self.area.tolist(), "order": self.order(), "settings": self.settings, "digest": self.digest(),
@@ -90,7 +92,7 @@ class GateRun:
         return path
 
     @classmethod
-    def load(cls, folder: str | Path) -> GateRun:
+    def load(cls, folder: str | os.PathLike) -> GateRun:
         "Read it back from a run folder, or from the file itself. Raises `ValueError` if there is none or it is not one."
         path = Path(folder)
         path = path / "gates.json" if path.is_dir() else path
@@ -104,24 +106,52 @@ class GateRun:
         return f"GateRun({self.num_layers} layers, {len(self.trajectory) - 1} steps, gates=[{', '.join(f'{g:.2f}' for g in self.gates)}])"
 
 # %% ../../nbs/60_choose.gates.ipynb #517b88ed
-def train_gates(model: MorphableModel, data: Iterable[dict[str, torch.Tensor]], *, steps: int = 100, batch_size: int = 4, lr: float = 2e-2,
-                lr_end: float | None = 2e-3, align: str = "raw", lam: float | None = None, start: float = 1.0, folder: str | Path | None = None,
-                resume: bool = False, callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "gates", **config: Any) -> GateRun:
-    """Stage 2: train the L gates of `model` on passkey books `{"input_ids": (T,), "answers": (T,)}`; all weights stay frozen.
+@dataclass(frozen=True, kw_only=True)
+class GatesConfig(FitConfig):
+    """Settings of stage 2: those of `FitConfig`, and what a gate pays.
 
-    `align` is `"raw"` (the paper's squared error, lambda 0.1) or `"relative"` (divided by the teacher's energy, lambda 0.01); `lam`
-    overrides the price. Gates start at `start`, are kept in [0, 1] by projection after each step, and stay in `model.gates`.
-    Further keywords are those of `FitConfig`; errors are those of `fit`."""
-    model.gates = start
+    `align` is `"raw"` (the paper's squared error, lambda 0.1) or `"relative"` (divided by the
+    teacher's energy, lambda 0.01); `lam` overrides the price. Gates start at `start`."""
+    table = "gates"
+    steps: int = setting(100, low=1, high=MOST)
+    batch_size: int = setting(4, low=1, high=10 ** 6)
+    lr: float = setting(2e-2, above=0, high=100)
+    lr_end: float | None = setting(2e-3, low=0, high=100)
+    align: str = setting("raw", choices=tuple(LAMBDA))
+    lam: float | None = setting(None, low=0)
+    start: float | tuple[float, ...] = setting(1.0, low=0, high=1)
+
+# %% ../../nbs/60_choose.gates.ipynb #2773c6ec
+@takes(GatesConfig)
+def train_gates(
+    model: MorphableModel,
+    data: Iterable[dict[str, torch.Tensor]],  # books {"input_ids": (T,), "answers": (T,)}
+    config: GatesConfig | Mapping[str, Any] | None = None,
+    *,
+    run: Run | str | Path | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    stage: str = "gates",
+    facts: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> GateRun:
+    """Stage 2: train the L gates of `model`; all weights stay frozen.
+
+    Settings are the fields of `GatesConfig`, as keywords or ready made. Gates are kept in [0, 1]
+    by projection after each step, and stay in `model.gates`. With a `run`, the result is saved
+    there as `gates.json`. `run`, `resume`, `facts` and errors are those of `fit`."""
+    config, run = stage_settings(GatesConfig, config, settings, run)
+    model.gates = config.start
     began = model.gates
-    objective = GateObjective(model, align, lam)
-    settings = {"align": align, "lambda": objective.lam, "start": start, "mixer": model.mixer}
-    c = FitConfig(steps=steps, batch_size=batch_size, lr=lr, lr_end=lr_end, **config)
+    objective = GateObjective(model, config.align, config.lam)
+    known = {"align": config.align, "lambda": objective.lam, "start": config.start, "mixer": model.mixer}
     try:
-        result = fit(objective, data, c, stage=stage, folder=folder, resume=resume, callbacks=callbacks, progress=progress, settings=settings)
+        result = fit(objective, data, config, stage=stage, run=run, resume=resume,
+                     callbacks=callbacks, progress=progress, facts={**known, **(facts or {})})
     finally: model.requires_grad_(False)
     trajectory = torch.stack([began, *(torch.tensor(e["gates"]) for e in result.events)])
-    run = GateRun(trajectory, result.losses, {**settings, "steps": steps, "lr": lr, "lr_end": lr_end, "tokens": result.tokens, "seconds": result.seconds,
-                                           "seed": c.seed})
-    if folder is not None: run.save(folder)
-    return run
+    how = {"steps": config.steps, "lr": config.lr, "lr_end": config.lr_end, "seed": config.seed}
+    gates = GateRun(trajectory, result.losses, {**known, **how, "tokens": result.tokens, "seconds": result.seconds})
+    if run is not None: gates.save(run)
+    return gates

@@ -42,7 +42,7 @@ def _keywords(*functions: Callable[..., Any]) -> set[str]:
     for f in functions:
         names |= {n for n, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY}
     if any(f in (align, train_gates, distill, finetune) for f in functions): names |= {f.name for f in fields(FitConfig)}
-    return names - {"folder", "resume", "callbacks", "progress", "stage", "seed"}
+    return names - {"config", "run", "facts", "resume", "callbacks", "progress", "stage", "seed"}
 
 TABLES: dict[str, set[str]] = {
     "text": _keywords(text) | {"source", "passkeys"},
@@ -137,7 +137,7 @@ class _Conversion:
     def __init__(self, recipe: Recipe, folder: Path, callbacks: Iterable[Callback], progress: bool, say: Callable[[str], None]):
         self.recipe, self.folder, self.say = recipe, folder, say
         self.log = EventLog(folder / "log.jsonl")
-        self.fit: dict[str, Any] = {"folder": folder, "resume": True, "callbacks": list(callbacks), "progress": progress, "seed": recipe.seed}
+        self.fit: dict[str, Any] = {"run": folder, "resume": True, "callbacks": list(callbacks), "progress": progress, "seed": recipe.seed}
         self.teacher, self.tokenizer = load_teacher(recipe.teacher)
         num_layers = self.teacher.config.num_hidden_layers
         for _, attn in attention_modules(self.teacher): check_full(attn, recipe.full_rope, recipe.logit_scale)

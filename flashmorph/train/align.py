@@ -4,15 +4,18 @@
 
 # %% ../../nbs/42_train.align.ipynb #7b77a96d
 from __future__ import annotations
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
-from .fit import Callback, FitConfig, FitResult, Objective, fit
+from ..folder import Run
+from ..settings import setting, takes
+from .fit import MOST, Callback, FitConfig, FitResult, Objective, fit, stage_settings
 from ..model.morph import MorphableModel
 
 # %% auto #0
-__all__ = ['AlignObjective', 'align']
+__all__ = ['AlignObjective', 'AlignConfig', 'align']
 
 # %% ../../nbs/42_train.align.ipynb #5d6185d5
 class AlignObjective(Objective):
@@ -28,15 +31,41 @@ class AlignObjective(Objective):
         return losses.mean(), {"layers": [round(x, 6) for x in losses.tolist()]}
 
 # %% ../../nbs/42_train.align.ipynb #6daf5e37
-def align(model: MorphableModel, data: Iterable[dict[str, torch.Tensor]], *, steps: int = 500, batch_size: int = 8, lr: float = 1e-3,
-          lr_end: float | None = 1e-5, warmup: int = 50, relative: bool = True, folder: str | Path | None = None, resume: bool = False,
-          callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "align", **config: Any) -> FitResult:
-    """Stage 1: train all linear branches of `model` on rows `{"input_ids": (T,)}` of `data`; the teacher's weights and the gates stay as they are.
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(FitConfig):
+    """Settings of stage 1: those of `FitConfig`, and whether errors are `relative`.
 
-    Each event of the result has `layers`, the L losses of that step. The defaults are the public recipe's (cosine 1e-3 to 1e-5,
-    AdamW(0.9, 0.95), clip 1); the paper uses 320M tokens of length 512. Further keywords are those of `FitConfig`; errors are those of `fit`."""
-    objective = AlignObjective(model, relative)
+    The defaults are the public recipe's: cosine from 1e-3 to 1e-5, AdamW(0.9, 0.95), clip 1."""
+    table = "align"
+    steps: int = setting(500, low=0, high=MOST)
+    lr_end: float | None = setting(1e-5, low=0, high=100)
+    warmup: int = setting(50, low=0, high=MOST)         # at most `steps`
+    relative: bool = True
+
+# %% ../../nbs/42_train.align.ipynb #b13eaf76
+@takes(AlignConfig)
+def align(
+    model: MorphableModel,
+    data: Iterable[dict[str, torch.Tensor]],  # rows {"input_ids": (T,), ["attention_mask": (T,)]}
+    config: AlignConfig | Mapping[str, Any] | None = None,
+    *,
+    run: Run | str | Path | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    stage: str = "align",
+    facts: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> FitResult:
+    """Stage 1: train all linear branches of `model`; the teacher's weights and the gates stay.
+
+    Settings are the fields of `AlignConfig`, as keywords or ready made. Each event of the result
+    has `layers`, the L losses of that step. The paper uses 320M tokens of length 512.
+    `run`, `resume`, `facts` and errors are those of `fit`."""
+    config, run = stage_settings(AlignConfig, config, settings, run)
+    config = replace(config, warmup=min(config.warmup, config.steps))
+    objective = AlignObjective(model, config.relative)
     try:
-        return fit(objective, data, FitConfig(steps=steps, batch_size=batch_size, lr=lr, lr_end=lr_end, warmup=min(warmup, steps), **config), stage=stage,
-                   folder=folder, resume=resume, callbacks=callbacks, progress=progress, settings={"relative": relative, "mixer": model.mixer})
+        return fit(objective, data, config, stage=stage, run=run, resume=resume,
+                   callbacks=callbacks, progress=progress, facts={"mixer": model.mixer, **(facts or {})})
     finally: model.requires_grad_(False)

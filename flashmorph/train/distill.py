@@ -4,7 +4,8 @@
 
 # %% ../../nbs/43_train.distill.ipynb #1c4c3075
 from __future__ import annotations
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import torch
@@ -13,10 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from ..model.hybrid import HybridForCausalLM
 from ..model.logits import chunked_mean, hidden_states, host_of, logits_from_hidden, valid
-from .fit import Callback, FitConfig, FitResult, Objective, fit
+from ..folder import Run
+from ..settings import setting, takes
+from .fit import MOST, Callback, FitConfig, FitResult, Objective, fit, stage_settings
 
 # %% auto #0
-__all__ = ['DistillObjective', 'NextTokenObjective', 'distill', 'finetune']
+__all__ = ['DistillObjective', 'NextTokenObjective', 'DistillConfig', 'FinetuneConfig', 'distill', 'finetune']
 
 # %% ../../nbs/43_train.distill.ipynb #fe8c08be
 class DistillObjective(Objective):
@@ -60,29 +63,80 @@ class NextTokenObjective(Objective):
             return chunked_mean(nll, self.vocab_size, hidden[where], ids[:, 1:][where], weight), {}
 
 # %% ../../nbs/43_train.distill.ipynb #e1fcbc04
-def distill(hybrid: HybridForCausalLM, teacher: PreTrainedModel, data: Iterable[dict[str, torch.Tensor]], *, steps: int = 500, batch_size: int = 8,
-            lr: float = 1e-4, lr_end: float | None = 1e-5, temperature: float = 1.0, folder: str | Path | None = None, resume: bool = False,
-            callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "distill", **config: Any) -> FitResult:
-    """Stage 3: train `hybrid` to predict what `teacher` predicts on rows `{"input_ids": (T,), ["attention_mask": (T,)]}`.
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(FitConfig):
+    """Settings of stage 3: those of `FitConfig`, and the `temperature` of both distributions.
 
-    The loss is KL(teacher || hybrid) per valid token at `temperature`. Defaults follow arXiv 2606.30562 but for the number of steps.
-    Further keywords are those of `FitConfig`. Raises `ValueError` if the vocabularies differ; otherwise errors are those of `fit`."""
-    objective = DistillObjective(hybrid.train(), teacher, temperature)
-    c = FitConfig(steps=steps, batch_size=batch_size, lr=lr, lr_end=lr_end, **config)
-    settings = {"temperature": temperature}
-    try: return fit(objective, data, c, stage=stage, folder=folder, resume=resume, callbacks=callbacks, progress=progress, settings=settings)
+    The defaults follow arXiv 2606.30562 but for the number of steps."""
+    table = "distill"
+    steps: int = setting(500, low=0, high=MOST)
+    lr: float = setting(1e-4, above=0, high=100)
+    lr_end: float | None = setting(1e-5, low=0, high=100)
+    temperature: float = setting(1.0, above=0, high=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(FitConfig):
+    """Settings of stage 4: those of `FitConfig`, and the `answer_weight`.
+
+    The learning rate is constant, 1e-5 (arXiv 2606.30562)."""
+    table = "finetune"
+    steps: int = setting(500, low=0, high=MOST)
+    batch_size: int = setting(1, low=1, high=10 ** 6)
+    lr: float = setting(1e-5, above=0, high=100)
+    answer_weight: float = setting(0.0, low=0, high=1000)
+
+# %% ../../nbs/43_train.distill.ipynb #660cfed5
+@takes(DistillConfig)
+def distill(
+    hybrid: HybridForCausalLM,
+    teacher: PreTrainedModel,
+    data: Iterable[dict[str, torch.Tensor]],  # rows {"input_ids": (T,), ["attention_mask": (T,)]}
+    config: DistillConfig | Mapping[str, Any] | None = None,
+    *,
+    run: Run | str | Path | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    stage: str = "distill",
+    facts: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> FitResult:
+    """Stage 3: train `hybrid` to predict what `teacher` predicts.
+
+    Settings are the fields of `DistillConfig`, as keywords or ready made. The loss is
+    KL(teacher || hybrid) per valid token. `run`, `resume`, `facts` and errors are those of `fit`;
+    also raises `ValueError` if the vocabularies differ."""
+    config, run = stage_settings(DistillConfig, config, settings, run)
+    objective = DistillObjective(hybrid.train(), teacher, config.temperature)
+    try:
+        return fit(objective, data, config, stage=stage, run=run, resume=resume,
+                   callbacks=callbacks, progress=progress, facts=facts)
     finally: hybrid.eval()
 
+# %% ../../nbs/43_train.distill.ipynb #f5d255f9
+@takes(FinetuneConfig)
+def finetune(
+    model: nn.Module,  # a hybrid or any causal LM
+    data: Iterable[dict[str, torch.Tensor]],  # as for `distill`; rows may have "answers": (T,)
+    config: FinetuneConfig | Mapping[str, Any] | None = None,
+    *,
+    run: Run | str | Path | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    stage: str = "finetune",
+    facts: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> FitResult:
+    """Stage 4: next-token training of `model`, meant for long sequences.
 
-def finetune(model: nn.Module, data: Iterable[dict[str, torch.Tensor]], *, steps: int = 500, batch_size: int = 1, lr: float = 1e-5,
-             lr_end: float | None = None, answer_weight: float = 0.0, folder: str | Path | None = None, resume: bool = False,
-             callbacks: Iterable[Callback] = (), progress: bool = True, stage: str = "finetune", **config: Any) -> FitResult:
-    """Stage 4: next-token training of `model` (hybrid or any causal LM), meant for long sequences; constant 1e-5 by default (arXiv 2606.30562).
-
-    `answer_weight` adds that much of the mean loss on answer tokens to rows that have `answers`.
-    Further keywords are those of `FitConfig`; errors are those of `fit`."""
-    objective = NextTokenObjective(model.train(), answer_weight)
-    c = FitConfig(steps=steps, batch_size=batch_size, lr=lr, lr_end=lr_end, **config)
-    settings = {"answer_weight": answer_weight}
-    try: return fit(objective, data, c, stage=stage, folder=folder, resume=resume, callbacks=callbacks, progress=progress, settings=settings)
+    Settings are the fields of `FinetuneConfig`, as keywords or ready made; `answer_weight` adds
+    that much of the mean loss on answer tokens. `run`, `resume`, `facts` and errors are those
+    of `fit`."""
+    config, run = stage_settings(FinetuneConfig, config, settings, run)
+    objective = NextTokenObjective(model.train(), config.answer_weight)
+    try:
+        return fit(objective, data, config, stage=stage, run=run, resume=resume,
+                   callbacks=callbacks, progress=progress, facts=facts)
     finally: model.eval()

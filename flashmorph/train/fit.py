@@ -5,50 +5,50 @@
 # %% ../../nbs/40_train.fit.ipynb #c747fa54
 from __future__ import annotations
 import contextlib, json, math, signal, threading, time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from ..store import Checkpoints, EventLog
+from ..folder import Run, plain_name
+from ..settings import Settings, setting
+from ..store import Checkpoints, load_strict
 
 # %% auto #0
-__all__ = ['FitConfig', 'Objective', 'Callback', 'FitResult', 'fit']
+__all__ = ['MOST', 'C', 'FitConfig', 'Objective', 'Callback', 'FitResult', 'fit', 'stage_settings']
 
 # %% ../../nbs/40_train.fit.ipynb #cb476c13
-@dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    "What the loop needs to know. `steps` counts optimizer steps; one step sees `batch_size * accumulate` rows on every process."
-    steps: int
-    batch_size: int = 8
-    lr: float = 1e-3
-    lr_end: float | None = None        # None: constant after the warm-up
-    warmup: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float | None = 1.0           # largest gradient norm
-    accumulate: int = 1
-    precision: str | None = None       # "no", "bf16"; None: bf16 where the device has it
-    seed: int = 0
-    save_every: int = 100              # steps between checkpoints
-    keep: int = 2                      # unfinished checkpoints kept
+MOST = 10 ** 9          # more steps or rows than anybody waits for
 
-    def __post_init__(self):
-        for name, low in (("steps", 0), ("batch_size", 1), ("warmup", 0), ("accumulate", 1), ("save_every", 1), ("keep", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low: raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-        if self.lr <= 0: raise ValueError(f"lr: expected a positive number, got {self.lr!r}")
-        if self.precision not in (None, "no", "bf16"): raise ValueError(f"precision: expected 'no', 'bf16' or None, got {self.precision!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(Settings):
+    """What the loop needs to know.
+
+    `steps` counts optimizer steps; one step sees `batch_size * accumulate` rows on every process."""
+    steps: int = setting(low=0, high=MOST)
+    batch_size: int = setting(8, low=1, high=10 ** 6)
+    lr: float = setting(1e-3, above=0, high=100)
+    lr_end: float | None = setting(None, low=0, high=100)       # None: constant after the warm-up
+    warmup: int = setting(0, low=0, high=MOST)
+    betas: tuple[float, float] = setting((0.9, 0.95), low=0, below=1)
+    weight_decay: float = setting(0.0, low=0, high=1000)
+    clip: float | None = setting(1.0, above=0)                  # largest gradient norm
+    accumulate: int = setting(1, low=1, high=10 ** 6)
+    precision: str | None = setting(None, choices=(None, "no", "bf16"))     # None: bf16 where it is
+    seed: int = setting(0, low=0, high=2 ** 31 - 1)
+    save_every: int = setting(100, low=1, high=MOST)            # steps between checkpoints
+    keep: int = setting(2, low=1, high=MOST)                    # unfinished checkpoints kept
 
     def lr_at(self, step: int) -> float:
         "The learning rate of step `step` (0-based)."
         if step < self.warmup: return self.lr * (step + 1) / self.warmup
         if self.lr_end is None: return self.lr
         done = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
-        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        falling = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.lr_end + (self.lr - self.lr_end) * falling
 
 # %% ../../nbs/40_train.fit.ipynb #9c4c0a93
 def _settings(config: FitConfig, stage: str, extra: dict[str, Any]) -> dict[str, Any]:
@@ -58,16 +58,14 @@ def _settings(config: FitConfig, stage: str, extra: dict[str, Any]) -> dict[str,
 
 def _check_settings(path: Path, meta: dict[str, Any], settings: dict[str, Any]) -> None:
     before = meta.get("settings", {})
-    changed = [f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]
+    # the first edition knew fewer facts
+    keys = before.keys() | (settings.keys() if meta.get("edition", 1) > 1 else set())
+    changed = [f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in sorted(keys) if before.get(k) != settings.get(k)]
     if changed: raise ValueError(f"checkpoint {path} belongs to other settings ({'; '.join(changed)}). Resume with the same ones, or use a new run folder.")
 
 def _load_parameters(path: Path, params: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
     got = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    problems = [f"missing {k}" for k in params if k not in got] + [f"unexpected {k}" for k in got if k not in params]
-    problems += [f"{k}: shape {tuple(got[k].shape)}, expected {tuple(p.shape)}" for k, p in params.items() if k in got and got[k].shape != p.shape]
-    if problems: raise ValueError(f"checkpoint {path} does not fit this model: {'; '.join(problems[:5])}{' ...' if len(problems) > 5 else ''}")
-    with torch.no_grad():
-        for k, p in params.items(): p.copy_(got[k])
+    load_strict(f"checkpoint {path}", got, params)
 
 def _optimizer_tensors(optimizer, params: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {f"optimizer.{key}.{name}": v if torch.is_tensor(v) else torch.tensor(v)
@@ -167,15 +165,15 @@ def _accelerator(config: FitConfig):
 # %% ../../nbs/40_train.fit.ipynb #75cab2ea
 class _Run:
     "The state of one call of `fit`: what is saved, restored and reported."
-    def __init__(self, objective: Objective, data, config: FitConfig, stage: str, folder: Path | None, settings: dict[str, Any]):
+    def __init__(self, objective: Objective, data, config: FitConfig, stage: str, run: Run | None, settings: dict[str, Any]):
         self.config, self.stage, self.objective = config, stage, objective
         self.acc = _accelerator(config)
         self.params = objective.trainable()
         if not self.params: raise ValueError(f"stage {stage!r}: nothing to train, no parameter has requires_grad")
         self.batches = _Batches(data, config.batch_size, self.acc.process_index, self.acc.num_processes)
         self.settings = _settings(config, stage, settings)
-        self.log = EventLog(folder / "log.jsonl") if folder and self.acc.is_main_process else None
-        self.checkpoints = Checkpoints(folder / "checkpoints" / stage, config.keep) if folder else None
+        self.log = run.log if run and self.acc.is_main_process else None
+        self.checkpoints = run.checkpoints(stage, config.keep) if run else None
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.events: list[dict[str, Any]] = []
         self.last: Path | None = None
@@ -203,7 +201,7 @@ class _Run:
         if not (self.checkpoints and self.acc.is_main_process): return
         tensors: dict[str, torch.Tensor] = {f"model.{k}": p for k, p in self.params.items()}
         if optimizer is not None: tensors |= _optimizer_tensors(optimizer, self.params)
-        meta = {"tokens": self.tokens, "seconds": self.seconds, "data": self.batches.state_dict(), "settings": self.settings}
+        meta = {"tokens": self.tokens, "seconds": self.seconds, "data": self.batches.state_dict(), "settings": self.settings, "edition": 2}
         self.last = self.checkpoints.save(self.step, tensors, meta)
 
     def result(self) -> FitResult: return FitResult(self.stage, self.step, self.tokens, self.seconds, self.events)
@@ -232,21 +230,49 @@ def _one_step(run: _Run, module: nn.Module, optimizer) -> dict[str, Any]:
     return {"stage": run.stage, "step": run.step, "loss": total, "lr": c.lr_at(run.step - 1), "grad_norm": norm, **metrics, **run.objective.project()}
 
 # %% ../../nbs/40_train.fit.ipynb #34dab785
-def fit(objective: Objective, data: Iterable[dict[str, torch.Tensor]], config: FitConfig, *, stage: str, folder: str | Path | None = None,
-        resume: bool = False, callbacks: Iterable[Callback] = (), progress: bool = True, settings: dict[str, Any] | None = None) -> FitResult:
+def fit(
+    objective: Objective,
+    data: Iterable[dict[str, torch.Tensor]],  # rows; a stream with `state_dict` is resumed by it
+    config: FitConfig,
+    *,
+    stage: str,  # a plain name
+    run: Run | str | Path | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    facts: Mapping[str, Any] | None = None,  # what else a resumed run must share
+) -> FitResult:
     """Train `objective` on the rows of `data` for `config.steps` optimizer steps.
 
-    With a `folder`, events go to `folder/log.jsonl` and checkpoints to `folder/checkpoints/<stage>/`; `resume=True` goes on from the newest one,
-    bit for bit on a CPU (a finished stage is only loaded). `settings` are further facts that a resumed run must share (they are compared).
-    Raises `FloatingPointError` on a loss that is not finite, `ValueError` on a checkpoint that does not fit, `OSError` if saving fails,
-    `KeyboardInterrupt` after a clean stop; in each case the last checkpoint stays."""
-    run = _Run(objective, data, config, stage, Path(folder) if folder else None, settings or {})
-    tensors = run.restore() if resume else run.fresh()
-    callbacks = list(callbacks) if run.acc.is_main_process else []
-    for cb in callbacks: cb.start(stage, config, run.events)
-    if run.step < config.steps: _loop(run, tensors, callbacks, progress)
-    for cb in callbacks: cb.end(run.result())
-    return run.result()
+    With a `run`, events go to its `log.jsonl` and checkpoints to `checkpoints/<stage>/` in it;
+    `resume=True` goes on from the newest checkpoint, bit for bit on a CPU (a finished stage is
+    only loaded). Settings and `facts` are compared with those of the checkpoint.
+
+    Raises `FloatingPointError` on a loss that is not finite, `ValueError` on a checkpoint that
+    does not fit, `OSError` if saving fails, `KeyboardInterrupt` after a clean stop; in each case
+    the last checkpoint stays."""
+    place = None if run is None else Run(run)
+    plain_name(stage)
+    state = _Run(objective, data, config, stage, place, dict(facts or {}))
+    with place.lock() if place and state.acc.is_main_process else contextlib.nullcontext():
+        if place and state.acc.is_main_process: place.start()
+        tensors = state.restore() if resume else state.fresh()
+        callbacks = list(callbacks) if state.acc.is_main_process else []
+        for cb in callbacks: cb.start(stage, config, state.events)
+        if state.step < config.steps: _loop(state, tensors, callbacks, progress)
+        for cb in callbacks: cb.end(state.result())
+    return state.result()
+
+
+C = TypeVar("C", bound=FitConfig)
+
+
+def stage_settings(
+    kind: type[C], config: C | Mapping[str, Any] | None, settings: dict[str, Any], run: Any
+) -> tuple[C, Any]:
+    "The checked settings of a stage, and its run; the keyword `folder` is an older name of `run`."
+    run = settings.pop("folder", run)
+    return kind.make(config, **settings), run
 
 def _loop(run: _Run, tensors: dict[str, torch.Tensor], callbacks: list[Callback], progress: bool) -> None:
     c, acc = run.config, run.acc
