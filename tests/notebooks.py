@@ -24,7 +24,6 @@ NOT_YET = {
     "nbs/20_data.text.ipynb",
     "nbs/21_data.mixture.ipynb",
     "nbs/22_data.passkeys.ipynb",
-    "nbs/30_model.mixers.ipynb",
     "nbs/31_model.hosts.ipynb",
     "nbs/32_model.cache.ipynb",
     "nbs/33_model.layers.ipynb",
