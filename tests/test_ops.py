@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from flashmorph.model.mixers import lightning_log_decay
-from flashmorph.ops import chunked, dispatch, reference
+from flashmorph.ops import chunked, decays, dispatch, fast, reference
 
 LENGTHS = (1, 2, 63, 64, 65, 257, 1000)
 B, H, DK, DV = 2, 3, 8, 12
@@ -57,7 +57,7 @@ def test_chunked_is_the_recurrence(op, decay, T):
     fixed = (3,) if decay in PER_HEAD else ()
     for with_state in (False, True):
         x = inputs(op, T, decay, with_state)
-        got = results(getattr(chunked, op), *x, fixed=fixed)
+        got = results(getattr(fast, op), *x, fixed=fixed)
         assert all(t.isfinite().all() for t in got)
         worst = max(error(a, b) for a, b in zip(got, truth(op, *x, fixed=fixed), strict=True))
         assert worst <= 1e-5, worst
@@ -70,7 +70,7 @@ def test_one_row_one_head(op, decay):
     for T in (1, 2, 3, 16, 64, 65):
         *x, S = inputs(op, T, decay)
         x = [t[:1, :, :1].double() for t in x] + [S[:1, :1].double()]
-        assert max(error(a, b) for a, b in zip(results(getattr(chunked, op), *x), truth(op, *x), strict=True)) <= 1e-10
+        assert max(error(a, b) for a, b in zip(results(getattr(fast, op), *x), truth(op, *x), strict=True)) <= 1e-10
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -79,7 +79,7 @@ def test_bfloat16_inputs(op, T):
     "Against the float64 recurrence on the same rounded inputs: what is lost is the rounding of outputs and gradients."
     q, k, v, *rest = inputs(op, T)
     x = [t.bfloat16() for t in (q, k, v)] + rest
-    got = results(getattr(chunked, op), *x)
+    got = results(getattr(fast, op), *x)
     assert [t.dtype for t in got[:2]] == [torch.bfloat16, torch.float32]
     assert max(error(a, b) for a, b in zip(got, truth(op, *x), strict=True)) <= 2e-2
 
@@ -96,7 +96,7 @@ def test_float32_recurrence_and_step(op):
 def test_gradient_of_a_decay_per_head():
     q, k, v, _, S = (x.double() for x in inputs("lightning", 70))
     g = (-torch.rand(H, dtype=torch.float64)).requires_grad_()
-    a, b = (torch.autograd.grad(form(q, k, v, g, state=S)[0].sin().sum(), g)[0] for form in (chunked.lightning, reference.lightning))
+    a, b = (torch.autograd.grad(form(q, k, v, g, state=S)[0].sin().sum(), g)[0] for form in (fast.lightning, reference.lightning))
     assert error(a, b) < 1e-10
 
 
@@ -104,7 +104,7 @@ def test_gradient_of_a_decay_per_head():
 def test_gradcheck(op):
     x = [t[:1, :5].double() if i < len(OPS) + 1 or op == "gdn" and i == 4 else t[:1].double() for i, t in enumerate(inputs(op, 5))]
     leaves = [t.requires_grad_() for t in x]
-    assert torch.autograd.gradcheck(lambda *x: getattr(chunked, op)(*x[:-1], state=x[-1]), leaves)
+    assert torch.autograd.gradcheck(lambda *x: getattr(fast, op)(*x[:-1], state=x[-1]), leaves)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -113,7 +113,7 @@ def test_equal_keys_do_not_hurt_the_inverse(op):
     q, k, v, g, *rest, S = inputs(op, 257, "none")
     rest = [torch.ones_like(t) for t in rest]
     x = [q, k[:, :1].expand(k.shape).contiguous(), v, g, *rest, S]
-    assert max(error(a, b) for a, b in zip(results(getattr(chunked, op), *x), truth(op, *x), strict=True)) <= 1e-5
+    assert max(error(a, b) for a, b in zip(results(getattr(fast, op), *x), truth(op, *x), strict=True)) <= 1e-5
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -130,36 +130,45 @@ def test_state_is_carried(op):
 @pytest.mark.parametrize("op", OPS)
 def test_segments_change_nothing(op, monkeypatch):
     x = inputs(op, 257)
-    whole = results(getattr(chunked, op), *x)
-    monkeypatch.setattr(chunked, "SEGMENT", 1)
-    for a, b in zip(results(getattr(chunked, op), *x), whole): assert error(a, b.double()) < 1e-6
+    whole = results(getattr(fast, op), *x)
+    monkeypatch.setattr(fast, "SEGMENT", 1)
+    for a, b in zip(results(getattr(fast, op), *x), whole): assert error(a, b.double()) < 1e-6
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_recording_changes_nothing(op, monkeypatch):
     *x, S = inputs(op, 257)
-    monkeypatch.setattr(chunked, "SEGMENT", 1 << 12)
-    recorded = getattr(chunked, op)(*(t.requires_grad_() for t in x), state=S)
-    with torch.no_grad(): free = getattr(chunked, op)(*x, state=S)
+    monkeypatch.setattr(fast, "SEGMENT", 1 << 12)
+    recorded = getattr(fast, op)(*(t.requires_grad_() for t in x), state=S)
+    with torch.no_grad(): free = getattr(fast, op)(*x, state=S)
     assert all(a.requires_grad and not b.requires_grad and torch.equal(a, b) for a, b in zip(recorded, free, strict=True))
 
 
 @pytest.mark.parametrize("op,decay", CASES)
 def test_memory_is_used_again_only_when_it_is_free(op, decay, monkeypatch):
-    "The same results where each request gets memory of its own, and where what was there becomes nan: nobody still needed it, nobody reads it."
+    """The same results where each request gets memory of its own, and where old contents become nan.
+
+    Values are as wide as keys, to share as much memory as possible."""
     q, k, v, *rest, S = inputs(op, 257, decay)
-    x, empty, once = [q, k, v[..., :DK], *rest, S[..., :DK]], chunked.Workspace.empty, chunked.Workspace.once  # of one width, to share as much as possible
-    monkeypatch.setattr(chunked, "SEGMENT", 1 << 12)
-    monkeypatch.setattr(chunked.Workspace, "once", lambda self, make, *n: make(self, *n) if make is chunked._whole else once(self, make, *n))
-    monkeypatch.setattr(chunked.Workspace, "empty", lambda self, name, *shape: self.like.new_empty(shape))
-    expected = results(getattr(chunked, op), *x)
-    for refill in (lambda t: t, lambda t: t.fill_(torch.nan)):
-        monkeypatch.setattr(chunked.Workspace, "empty", lambda *args, refill=refill: refill(empty(*args)))
-        for a, b in zip(results(getattr(chunked, op), *x), expected, strict=True): assert torch.equal(a, b)
+    x = [q, k, v[..., :DK], *rest, S[..., :DK]]
+    monkeypatch.setattr(fast, "SEGMENT", 1 << 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "Workspace", decays.Memory)
+        patch.setattr(fast, "GLA", fast.GLA._replace(forward=chunked.gla_forward))
+        expected = results(getattr(fast, op), *x)
+    assert all(torch.equal(a, b) for a, b in zip(results(getattr(fast, op), *x), expected, strict=True))
+
+    empty, once = fast.Workspace.empty, fast.Workspace.once
+    def poisoned(self, name, *shape): return empty(self, name, *shape).fill_(torch.nan)
+    def rebuilt(self, make, *sizes):                    # its buffers are asked for, and poisoned, again
+        return make(self, *sizes) if make is fast.WholeChunks else once(self, make, *sizes)
+    monkeypatch.setattr(fast.Workspace, "empty", poisoned)
+    monkeypatch.setattr(fast.Workspace, "once", rebuilt)
+    assert all(torch.equal(a, b) for a, b in zip(results(getattr(fast, op), *x), expected, strict=True))
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("module", [reference, chunked])
+@pytest.mark.parametrize("module", [reference, fast])
 def test_dtypes_autocast_strides(op, module):
     form, (q, k, v, *rest, S) = getattr(module, op), inputs(op, 70)
     expected = form(q, k, v, *rest, state=S, scale=0.7)
@@ -180,7 +189,7 @@ def test_memory_is_linear(op):
         x = [t.requires_grad_() for t in inputs(op, T, with_state=False)[:-1]]
         seen = {}
         def note(x): seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(); return x
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): out = getattr(chunked, op)(*x)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): out = getattr(fast, op)(*x)
         return sum(seen.values()), out, sum(t.nbytes for t in x)
     (small, *_), (large, _, given) = kept(1024), kept(4096)
     assert 3.5 < large / small < 4.2 and large < 1.1 * given
@@ -238,6 +247,6 @@ WITNESSES = [(op, "fla") for op in OPS] + [("gdn", "torch_chunk_gated_delta_rule
 def test_others_agree(op, who):
     witness = fla_witness(op) if who == "fla" else qwen_witness(who)
     for T in (1, 100):
-        for form in (getattr(chunked, op), getattr(reference, op)):
+        for form in (getattr(fast, op), getattr(reference, op)):
             *x, S = inputs(op, T)
             for a, b in zip(form(*x, state=S), witness(*x, S)): assert error(a, b.double()) < 1e-5

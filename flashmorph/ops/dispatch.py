@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 import torch
 from torch import Tensor
-from . import chunked, reference
+from . import fast, reference
 
 # %% ../../nbs/15_ops.dispatch.ipynb #a5dc3c42
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _fla(op: str) -> Callable:
 def _forms(op: str, *kernels: Form) -> tuple[Form, ...]:
     one = "step", "one token, written out", globals()[f"{op}_step"]
     return (*kernels[:1], Form(*one, lambda q, *rest: "" if q.shape[1] == 1 else f"it takes one token, not {q.shape[1]}"), *kernels[1:],
-            Form("torch", "chunks in plain PyTorch", getattr(chunked, op)), Form("reference", "token by token, for checking", getattr(reference, op)))
+            Form("torch", "chunks in plain PyTorch", getattr(fast, op)), Form("reference", "token by token, for checking", getattr(reference, op)))
 
 def _kernels(op: str) -> tuple[Form, Form]:
     ours = ("our kernels", _triton(op), _no_triton_lightning) if op == "lightning" else ("one token in one launch", _triton(op), _no_triton_step)

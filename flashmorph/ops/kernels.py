@@ -218,7 +218,7 @@ def lightning(
     reason = unsupported(q, k, v, log_decay, state)
     if log_decay.ndim != 1: reason = f"the kernel takes one decay per head, (H,), not {tuple(log_decay.shape)}"
     if log_decay.requires_grad and torch.is_grad_enabled(): reason = "the kernel has no gradient for log_decay; detach it"
-    if reason: raise ValueError(f"{reason}; flashmorph.ops.chunked.lightning takes any tensors")
+    if reason: raise ValueError(f"{reason}; flashmorph.ops.fast.lightning takes any tensors")
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     out_dtype, log_decay = v.dtype, log_decay.detach().float().contiguous()
     q, k, v = (_rows(x.to(dtype)) for x in (q, k, v))
