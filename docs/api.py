@@ -27,17 +27,25 @@ def arguments(function: Function) -> list[ast.arg]:
     return [*args.posonlyargs, *args.args, *args.kwonlyargs, *stars]
 
 
-def comments(function: Function, source: str) -> list[str]:
-    "The comments beside parameters and result, `x: Tensor,  # (B, T)`, as a field list."
+def beside(lines: list[str], line: int) -> str:
+    "The comment at the end of a line, if there is one."
+    comment = re.search(r"\s#\s+(.+)$", lines[line - 1])
+    return comment[1] if comment else ""
+
+
+def comments(node: Function | ast.ClassDef, source: str) -> list[str]:
+    """The comments beside parameters, fields and result, `x: Tensor,  # (B, T)`, as a field list.
+
+    Of several parameters on one line, the last has the comment."""
     lines = source.splitlines()
-    # of several parameters on one line, the last has the comment
-    fields = {arg.end_lineno: f":param {arg.arg}:" for arg in arguments(function)}
-    if function.returns: fields[function.returns.end_lineno] = ":returns:"
-    found = []
-    for line, field in fields.items():
-        comment = re.search(r"\s#\s+(.+)$", lines[line - 1])
-        if comment and line < function.body[0].lineno: found.append(f"{field} {comment[1]}")
-    return found
+    if isinstance(node, ast.ClassDef):
+        places = {field.end_lineno: f":param {ast.unparse(field.target)}:"
+                  for field in fields(node)}
+    else:
+        places = {arg.end_lineno: f":param {arg.arg}:" for arg in arguments(node)}
+        if node.returns: places[node.returns.end_lineno] = ":returns:"
+        places = {line: role for line, role in places.items() if line < node.body[0].lineno}
+    return [f"{role} {beside(lines, line)}" for line, role in places.items() if beside(lines, line)]
 
 
 def parameters(function: Function, bound: bool = False) -> str:
@@ -60,12 +68,18 @@ def fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
     return [statement for statement in node.body if isinstance(statement, ast.AnnAssign)]
 
 
+def default(value: ast.expr | None) -> ast.expr | None:
+    "The default of a field as the documentation shows it: `setting(256, low=1)` is 256."
+    if not isinstance(value, ast.Call): return value
+    if ast.unparse(value.func) == "setting" and value.args: return value.args[0]
+    return ast.Constant(...)                              # made anew for each object
+
+
 def constructor(node: ast.ClassDef) -> str:
     "The parameters of a class: those of its `__init__`, or the fields of a dataclass."
     if function := init(node): return parameters(function, bound=True)
     shown = copy.deepcopy(fields(node))
-    for field in shown:
-        if isinstance(field.value, ast.Call): field.value = ast.Constant(...)  # a default made anew
+    for field in shown: field.value = default(field.value)
     return ", ".join(map(ast.unparse, shown))
 
 
@@ -191,7 +205,8 @@ class Index:
         bases = ", ".join(f"`{ast.unparse(base)}`" for base in symbol.node.bases)
         extends = self.described(symbol, f"Extends {bases}.") if bases else ""
         head = f"::::{{py:class}} {symbol.name}({constructor(symbol.node)})"
-        parts = [f"{head}\n:module: {symbol.module}", extends, self.described(symbol, symbol.doc)]
+        text = "\n".join([symbol.doc, "", *comments(symbol.node, symbol.source)]).strip()
+        parts = [f"{head}\n:module: {symbol.module}", extends, self.described(symbol, text)]
         parts += map(self._function_entry, symbol.methods)
         return "\n\n".join(filter(None, [*parts, "::::"]))
 
