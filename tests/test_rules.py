@@ -13,7 +13,17 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
-from notebooks import BOOK, CHAPTERS, NOT_YET, ROOT, Notebook, is_exported, is_imports, lines_of
+from notebooks import (
+    BOOK,
+    CHAPTERS,
+    NOT_YET,
+    ROOT,
+    Notebook,
+    is_exported,
+    is_imports,
+    lines_of,
+    read,
+)
 
 # Notebooks that export nothing: pages to read.
 PAGES = {"nbs/index.ipynb", "nbs/benchmarks.ipynb"}
@@ -258,6 +268,30 @@ def test_exceptions_from_the_linter_are_needed():
         for code in codes:
             offenders = [name for name, found in offences if found == code]
             assert fnmatch.filter(offenders, pattern), f"{pattern} no longer needs {code}"
+
+
+# The front page
+
+def statements(source: str) -> list[str]:
+    "The statements of a program, each as it is written without layout and comments."
+    return [ast.unparse(node) for node in ast.parse(source).body]
+
+
+def computed(source: str) -> set[str]:
+    "Every statement and every expression of a program."
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt | ast.expr)]
+    return set(map(ast.unparse, nodes))
+
+
+def test_the_first_tutorial_runs_the_lines_of_the_front_page():
+    "README and site claim it."
+    page = read(ROOT / "nbs/index.ipynb")
+    tutorial = read(ROOT / "nbs/tutorials/01_five_minutes.ipynb")
+    text = "\n".join(source for _, source in page.cells)
+    lines = statements(re.search(r"```python\n(.*?)```", text, re.S)[1])
+    run = computed("\n".join(tutorial.code))
+    assert len(lines) > 5
+    assert not [line for line in lines if line not in run]
 
 
 # What exported code may hold
