@@ -14,7 +14,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from .cache import CACHE_NAMES, cache_name, find_cache, linear_slot
 from .hosts import attention_modules
 from .layers import adapt_full, hand_mask_down, linear_attention
-from .mixers import mixer_class, mixer_spec
+from .mixers import mixer_spec, parse_mixer
 from ..selection import check_layers
 
 # %% ../../nbs/34_model.hybrid.ipynb #92d353a2
@@ -80,7 +80,7 @@ class HybridForCausalLM(_Host):
     def __init__(self, config: HybridConfig, host: PreTrainedModel | None = None):
         "A random model of this configuration, or one around a `host` whose layers are linear where they should be."
         super().__init__(config)
-        self._keep_in_fp32_modules_strict = set(mixer_class(config.mixer).float32)               # also when loaded in half precision
+        self._keep_in_fp32_modules_strict = set(parse_mixer(config.mixer)[0].float32)               # also when loaded in half precision
         self.host: Any = AutoModelForCausalLM.from_config(config.teacher) if host is None else host
         if host is None:
             for name, attn in attention_modules(self.host):

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['State', 'MIXERS', 'MixerDims', 'Mixer', 'register_mixer', 'mixer_names', 'parse_mixer', 'mixer_spec', 'mixer_class',
-           'make_mixer', 'repeat_heads', 'lightning_log_decay', 'GatedNorm', 'check_conv', 'ShortConv', 'StateMixer',
-           'Lightning', 'GLA', 'GDN']
+           'make_mixer', 'repeat_heads', 'lightning_log_decay', 'GatedNorm', 'StateMixer', 'Lightning', 'GLA', 'GDN']
 
 # %% ../../nbs/30_model.mixers.ipynb #f4d63d8e
-import ast, inspect, re, typing
+import ast, inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..ops.conv import ShortConv, check_conv
 from ..ops.dispatch import gdn, gla, lightning
 from ..settings import Rule, converted, expected
 from ..store import nearest
@@ -22,9 +22,7 @@ from ..store import nearest
 # %% ../../nbs/30_model.mixers.ipynb #620b5317
 @dataclass(frozen=True)
 class MixerDims:
-    """What a mixer needs to know about the layer it works in.
-
-    Raises `ValueError` unless `num_heads` is a multiple of `num_kv_heads`."""
+    "What a mixer needs to know of its layer; `num_heads` is a multiple of `num_kv_heads`."
     hidden_size: int
     num_heads: int
     num_kv_heads: int
@@ -38,14 +36,13 @@ class MixerDims:
             raise ValueError(f"num_heads ({self.num_heads}) should be a multiple of "
                              f"num_kv_heads ({self.num_kv_heads})")
 
-# %% ../../nbs/30_model.mixers.ipynb #2e4ce053
+# %% ../../nbs/30_model.mixers.ipynb #65b9deef
 def _only_move(kept: list[nn.Parameter], fn: Callable[[Tensor], Tensor]) -> Callable:
     "`fn`, which moves or casts a tensor, except that `kept` and their gradients are not rounded."
     ids = {id(x) for p in kept for x in (p, p.grad) if x is not None}
     def apply(x: Tensor) -> Tensor:
         new = fn(x)
-        rounded = new.dtype in (torch.bfloat16, torch.float16)
-        return x.to(new.device) if id(x) in ids and rounded else new
+        return x.to(new.device) if id(x) in ids and new.itemsize == 2 else new
     return apply
 
 # %% ../../nbs/30_model.mixers.ipynb #5aac6827
@@ -61,12 +58,10 @@ class Mixer(nn.Module):
       the state;
     - it computes its state in float32, on the device of `q`, and returns outputs in the dtype
       of `v`;
-    - it has no buffers: constants are computed in `forward` (a buffer that is not saved would be
-      garbage after a meta-device load)."""
-    # parameters of this class that stay float32 in a half precision model
-    float32: ClassVar[tuple[str, ...]] = ()
-    rope = True              # False: the layer does not rotate queries and keys
-    expand_kv = False        # True: the layer has a key and a value head for each query head
+    - it has no buffers: constants are computed in `forward`."""
+    float32: ClassVar[tuple[str, ...]] = ()    # parameters that stay float32 in half precision
+    rope = True                                # False: the layer rotates no queries and keys
+    expand_kv = False                          # True: a key and a value head for each query head
 
     def __init__(self, dims: MixerDims):
         super().__init__()
@@ -101,10 +96,9 @@ class Mixer(nn.Module):
 MIXERS: dict[str, type[Mixer]] = {}
 
 def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Class decorator: make a `Mixer` available as `name`.
+    """Class decorator: make a `Mixer` available as `name`; `TypeError` for anything else.
 
-    The keywords of its `__init__` are its options.
-    Raises `TypeError` for anything that is no subclass of `Mixer`."""
+    The keywords of its `__init__` are its options."""
     def register(cls: type[Mixer]) -> type[Mixer]:
         if not (isinstance(cls, type) and issubclass(cls, Mixer)):
             raise TypeError(f"a mixer is a subclass of Mixer, got {cls!r}")
@@ -134,19 +128,17 @@ def _split_spec(spec: str) -> tuple[str, dict[str, Any]]:
                          "each at most once") from None
     return name, options
 
-# %% ../../nbs/30_model.mixers.ipynb #c132d4c8
+# %% ../../nbs/30_model.mixers.ipynb #bdcfa0f9
 def _check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     "The options of mixer `name` as its annotations say; `ValueError` for unknown and wrong ones."
     cls = MIXERS[name]
     keywords = inspect.signature(cls).parameters.values()
-    known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY]
-    try: kinds = typing.get_type_hints(cls.__init__)
-    except NameError: kinds = {}                        # annotations that only an editor reads
+    known = {p.name: p.annotation for p in keywords if p.kind is p.KEYWORD_ONLY}
     checked = {}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"mixer {name!r} has no option {option!r}; {nearest(option, known)}")
-        kind = kinds.get(option, Any)
+        kind = known[option] if known[option] in (bool, int, float, str) else Any
         try: checked[option] = converted(value, kind)
         except TypeError:
             raise ValueError(f"option {option} of mixer {name!r}: expected "
@@ -155,17 +147,13 @@ def _check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 def parse_mixer(spec: str) -> tuple[type[Mixer], dict[str, Any]]:
-    """The class and the options of a mixer like `gdn` or `gdn(conv=4, rope=False)`.
-
-    Raises `ValueError` for an unknown name or option, with the nearest, and for a wrong value."""
+    "Class and options of a mixer like `gdn(conv=4)`; `ValueError` for unknown or wrong ones."
     name, options = _split_spec(spec)
     return MIXERS[name], _check_options(name, options)
 
 # %% ../../nbs/30_model.mixers.ipynb #d14b5620
 def mixer_spec(spec: str, **options: Any) -> str:
-    """`spec` with further `options`, in one way of writing; errors as `parse_mixer`.
-
-    `mixer_spec('gdn', rope=False, conv=4)` is `'gdn(conv=4, rope=False)'`."""
+    "`spec` with further `options`, in one way of writing; errors as `parse_mixer`."
     name, known = _split_spec(spec)
     every = _check_options(name, known | options)
     written = ", ".join(f"{key}={value!r}" for key, value in sorted(every.items()))
@@ -182,31 +170,24 @@ def make_mixer(spec: str, dims: MixerDims) -> Mixer:
 
 # %% ../../nbs/30_model.mixers.ipynb #48e5aab7
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    """`(B, T, Hkv, D)` -> `(B, T, num_heads, D)`.
-
-    Query head `h` gets head `h // (num_heads / Hkv)`."""
+    "`(B, T, Hkv, D)` -> `(B, T, num_heads, D)`: head `h` is head `h // (num_heads / Hkv)`."
     if x.shape[2] == num_heads: return x
     return x.repeat_interleave(num_heads // x.shape[2], dim=2)
 
 # %% ../../nbs/30_model.mixers.ipynb #1fc8802c
 def lightning_log_decay(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    """`-2 ** (-8 h / n)` for `h = 1..n`, `(num_heads,)` float32.
-
-    The logarithm of the factor by which each head of `Lightning` fades with each token."""
+    "`-2 ** (-8 h / n)` for `h = 1..n`, `(num_heads,)` float32: how fast each head forgets."
     h = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
     return -torch.exp2(h * (-8 / num_heads))
 
 # %% ../../nbs/30_model.mixers.ipynb #483d714c
 class GatedNorm(nn.Module):
-    """RMSNorm over each of `groups` equal parts of the concatenated heads, times a gate.
-
-    The gate is `2 sigmoid(gate(hidden))`; it starts at zero weights, so neutral."""
+    "RMSNorm over `groups` equal parts of all heads, times `2 sigmoid(gate(hidden))`."
     def __init__(self, hidden_size: int, width: int, groups: int = 1, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.gate = nn.Linear(hidden_size, width, bias=False)
-        self.groups = groups
-        self.eps = eps
+        self.groups, self.eps = groups, eps
         nn.init.zeros_(self.gate.weight)
 
     def forward(
@@ -219,47 +200,6 @@ class GatedNorm(nn.Module):
         gate = 2 * torch.sigmoid(self.gate(hidden).float())
         return (gate * (normed * self.weight.float())).to(o.dtype).view_as(o)
 
-# %% ../../nbs/30_model.mixers.ipynb #2c609cfc
-def check_conv(width: Any) -> None:
-    "Raise `ValueError` unless `width` is 0 (no convolution) or a window of at least 2 tokens."
-    if width == 0 or (isinstance(width, int) and width >= 2): return
-    raise ValueError("conv should be 0 (none) or the number of tokens a window has, 2 or more; "
-                     f"got {width!r}")
-
-class ShortConv(nn.Module):
-    "A causal convolution over `width` real tokens, each channel by itself; starts as the identity."
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        check_conv(width)
-        self.weight = nn.Parameter(torch.zeros(channels, width))
-        with torch.no_grad(): self.weight[:, -1] = 1
-
-    def forward(
-        self,
-        x: Tensor,  # `(B, T, channels)`
-        mask: Tensor | None = None,  # `(B, T)`, 1 on real tokens
-        past: Tensor | None = None,  # `(B, width - 1, channels)` float32, the last real tokens
-    ) -> tuple[Tensor, Tensor]:  # the result `(B, T, channels)`, any value at padding; new `past`
-        before = self.weight.shape[1] - 1
-        past = x.new_zeros(x.shape[0], before, x.shape[2]) if past is None else past.to(x.dtype)
-        x = torch.cat([past, x], 1)
-        if mask is None: return self._convolve(x.mT), _last(x, before)
-        # padded tokens first, then real ones in order; zeros before the first make room
-        real = F.pad(mask.to(torch.uint8), (before, 0), value=1)
-        order = real.argsort(dim=1, stable=True)
-        x = x.gather(1, order[..., None].expand_as(x))
-        y = self._convolve(F.pad(x.mT, (before, 0)))
-        # back to where they were
-        place = order.argsort(dim=1)[:, before:, None]
-        return y.gather(1, place.expand(-1, -1, y.shape[2])), _last(x, before)
-
-    def _convolve(self, x: Tensor) -> Tensor:  # `(B, channels, T)` -> `(B, T - before, channels)`
-        return F.conv1d(x, self.weight[:, None], groups=x.shape[1]).mT
-
-def _last(x: Tensor, n: int) -> Tensor:
-    "The last `n` tokens, copied: a view would keep the whole prompt in memory."
-    return x[:, -n:].float().clone()
-
 # %% ../../nbs/30_model.mixers.ipynb #f0b1453f
 class StateMixer(Mixer):
     "What `lightning`, `gla` and `gdn` have in common; a subclass has its own `mix`."
@@ -268,20 +208,22 @@ class StateMixer(Mixer):
     def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
                  expand_kv: bool = False):
         super().__init__(dims)
-        H, Hkv, Dk, Dv = dims.num_heads, dims.num_kv_heads, dims.head_dim, dims.value_dim
+        H, Hkv = dims.num_heads, dims.num_kv_heads
         self.rope, self.expand_kv = rope, expand_kv
-        self.norm = GatedNorm(dims.hidden_size, H * Dv, H if self.norm_per_head else 1)
-        self.sizes = [H * Dk, Hkv * Dk, Hkv * Dv]
+        self.norm = GatedNorm(dims.hidden_size, H * dims.value_dim, H if self.norm_per_head else 1)
+        self.sizes = [H * dims.head_dim, Hkv * dims.head_dim, Hkv * dims.value_dim]
         self.conv = ShortConv(sum(self.sizes), conv) if conv else None
+        self.build(dims)
+
+    def build(self, dims: MixerDims) -> None:
+        "Parameters of a subclass."
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None: check_conv(options.get("conv", 0))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
             scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output before the norm, and the state. All have H heads.
-
-        `real` `(B, T, 1)` is False at padding, where `k` is zero already."""
+        "Output before the norm, and state; `real` `(B, T, 1)` is False at padding (`k` is 0)."
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, *, scale: float,
@@ -304,9 +246,7 @@ class StateMixer(Mixer):
 # %% ../../nbs/30_model.mixers.ipynb #216fb2ad
 @register_mixer("lightning")
 class Lightning(StateMixer):
-    """Lightning attention (arXiv 2401.04658).
-
-    A constant decay per head, output norm over all heads, output gate."""
+    "Lightning attention (arXiv 2401.04658): a constant decay per head, norm over all heads."
     norm_per_head = False
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
@@ -318,12 +258,8 @@ class Lightning(StateMixer):
 # %% ../../nbs/30_model.mixers.ipynb #a6e95b3c
 @register_mixer("gla")
 class GLA(StateMixer):
-    """Gated linear attention (arXiv 2312.06635).
-
-    Each token chooses a decay per channel; norm per head, output gate."""
-    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
-                 expand_kv: bool = False):
-        super().__init__(dims, conv=conv, rope=rope, expand_kv=expand_kv)
+    "Gated linear attention (arXiv 2312.06635): each token chooses a decay per channel."
+    def build(self, dims: MixerDims) -> None:
         self.decay_in = nn.Linear(dims.hidden_size, 16, bias=False)
         self.decay = nn.Linear(16, dims.num_heads * dims.head_dim)
         # start on Lightning's ladder: log sigmoid(bias) = target
@@ -342,14 +278,10 @@ class GLA(StateMixer):
 # %% ../../nbs/30_model.mixers.ipynb #247ebcb2
 @register_mixer("gdn")
 class GDN(StateMixer):
-    """Gated DeltaNet (arXiv 2412.06464).
-
-    A decay and a writing strength per token and head; norm per head, output gate."""
+    "Gated DeltaNet (arXiv 2412.06464): a decay and a writing strength per token and head."
     float32 = ("A_log", "dt_bias")
 
-    def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
-                 expand_kv: bool = False):
-        super().__init__(dims, conv=conv, rope=rope, expand_kv=expand_kv)
+    def build(self, dims: MixerDims) -> None:
         self.a = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
         self.b = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
         for linear in (self.a, self.b): nn.init.zeros_(linear.weight)
