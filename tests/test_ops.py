@@ -4,7 +4,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import flashmorph as fm
 from flashmorph.model.mixers import lightning_log_decay
 from flashmorph.ops import chunked, decays, dispatch, fast, reference
 
@@ -250,3 +252,56 @@ def test_others_agree(op, who):
         for form in (getattr(fast, op), getattr(reference, op)):
             *x, S = inputs(op, T)
             for a, b in zip(form(*x, state=S), witness(*x, S)): assert error(a, b.double()) < 1e-5
+
+
+FORMS_OF = [(op, name) for op in OPS for name in ("fast", "reference", "dispatch")]
+
+@pytest.mark.parametrize("op,where", FORMS_OF)
+@pytest.mark.parametrize("T", [1, 5, 64, 130])
+@pytest.mark.parametrize("what", ["rows", "heads"])
+def test_no_rows_no_heads(op, where, T, what):
+    "Empty output, state and gradients, of the right shapes, with and without a state coming in."
+    form = getattr({"fast": fast, "reference": reference, "dispatch": dispatch}[where], op)
+    per_head = [torch.zeros(H)] if op == "lightning" else []
+    for with_state in (False, True):
+        q, k, v, g, *rest, S = inputs(op, T, with_state=with_state)
+        for decay in [g, *per_head]:
+            x = [q, k, v, decay, *rest]
+            if what == "rows": x = [t if t.ndim == 1 else t[:0] for t in x]
+            else: x = [t[:0] if t.ndim == 1 else t[:, :, :0] for t in x]
+            S_in = None if S is None else S[:0] if what == "rows" else S[:, :0]
+            o, S_out, *grads = results(form, *x, S_in)
+            given = x if S_in is None else [*x, S_in]
+            rows, heads = x[0].shape[0], x[0].shape[2]
+            assert o.shape == (rows, T, heads, DV) and S_out.shape == (rows, heads, DK, DV)
+            assert [d.shape for d in grads] == [t.shape for t in given]
+            assert not any(d.any() for d in grads)
+
+
+@pytest.mark.parametrize("op,where", FORMS_OF)
+@pytest.mark.parametrize("T", [1, 5, 130])
+def test_nan_is_not_a_bad_decay(op, where, T):
+    "A NaN comes out as NaN, for the training loop to find; a positive decay is refused."
+    form = getattr({"fast": fast, "reference": reference, "dispatch": dispatch}[where], op)
+    q, k, v, g, *rest, S = inputs(op, T)
+    bad = g.clone()
+    bad[0, T - 1] = torch.nan
+    o, S_out = form(q, k, v, bad, *rest, state=S)
+    assert o[0, T - 1].isnan().all() and S_out[0].isnan().all()
+    torch.testing.assert_close(o[1], form(q, k, v, g, *rest, state=S)[0][1])
+    bad[0, T - 1] = 0.5
+    with pytest.raises(ValueError, match="should be <= 0 everywhere .* got 0.5"):
+        form(q, k, v, bad, *rest, state=S)
+
+
+@pytest.mark.parametrize("mixer", OPS)
+def test_fit_finds_what_is_not_finite(mixer):
+    "An infinite embedding stops stage 1 with the loop's message, whatever the mixer."
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)
+    teacher = LlamaForCausalLM(config).eval()
+    with torch.no_grad(): teacher.model.embed_tokens.weight[7] = float("inf")
+    rows = [{"input_ids": torch.tensor([5, 6, 7, 8] * 8)}] * 4
+    with pytest.raises(FloatingPointError, match="step"):
+        fm.align(fm.morph(teacher, mixer), rows, steps=2, batch_size=2, warmup=1, progress=False)
