@@ -31,7 +31,6 @@ NOT_YET = {
     "nbs/20_data.text.ipynb",
     "nbs/21_data.mixture.ipynb",
     "nbs/22_data.passkeys.ipynb",
-    "nbs/30_model.mixers.ipynb",
     "nbs/31_model.hosts.ipynb",
     "nbs/32_model.cache.ipynb",
     "nbs/33_model.layers.ipynb",
@@ -50,12 +49,10 @@ NOT_YET = {
     "nbs/73_show.widgets.ipynb",
     "nbs/77_show.report.ipynb",
     "nbs/80_run.recipe.ipynb",
-    "nbs/benchmarks.ipynb",
     "nbs/tutorials/02_inside_the_gates.ipynb",
     "nbs/tutorials/03_budget.ipynb",
     "nbs/tutorials/04_your_own_model.ipynb",
     "nbs/tutorials/05_your_own_mixer.ipynb",
-    "nbs/tutorials/06_longer_texts.ipynb",
 }
 
 
