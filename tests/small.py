@@ -1,4 +1,6 @@
 "Small teachers and recipes for the tests."
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from flashmorph.run.recipe import Recipe
 from flashmorph.run.pretrain import build_tokenizer
 from flashmorph.data.text import Stories
+from flashmorph.train.fit import Callback
 
 
 def save_teacher(folder: Path, family: str = "qwen3", tokenizer=None, **kwargs) -> Path:
@@ -30,6 +33,16 @@ def other_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tok.train_from_iterator((Stories(9)[i] for i in range(50)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+class Stop(Callback):
+    "Presses Ctrl-C after a step of a stage."
+    def __init__(self, stage: str, step: int):
+        self.at = (stage, step)
+
+    def step(self, event):
+        if (event["stage"].split("-")[0], event["step"]) == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def small_recipe(teacher: Path | str, **kwargs) -> Recipe:

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from flashmorph.run.cli import app
 from flashmorph.measure.evaluate import evaluate
-from flashmorph.run.recipe import convert, load_recipe, recipe_toml
+from flashmorph.run.convert import convert
+from flashmorph.run.recipe import load_recipe, recipe_toml
 from flashmorph.selection import Selection
 from flashmorph.model.teacher import load_model, load_teacher
 

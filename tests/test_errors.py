@@ -5,13 +5,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import save_teacher, small_recipe
+from small import Stop, save_teacher, small_recipe
 from typer.testing import CliRunner
 
 from flashmorph.run.cli import app
 from flashmorph.store import Checkpoints
 from flashmorph.choose.gates import GateRun
-from flashmorph.run.recipe import convert, load_recipe, recipe_from_dict, recipe_toml
+from flashmorph.run.convert import convert
+from flashmorph.run.recipe import load_recipe, recipe_from_dict, recipe_toml
 from flashmorph.model.teacher import load_teacher
 
 
@@ -29,9 +30,9 @@ def finished(teacher, tmp_path_factory):
 
 @pytest.mark.parametrize("values, message", [
     ({"mixer": "lightening"}, "did you mean 'lightning'"),
-    ({"align": {"step": 3}}, "unknown key align.step; did you mean 'steps'"),
+    ({"align": {"step": 3}}, "unknown setting align.step; did you mean 'steps'"),
     ({"aling": {"steps": 3}}, "unknown key 'aling'; did you mean 'align'"),
-    ({"gates": {"folder": "x"}}, "unknown key gates.folder"),
+    ({"gates": {"folder": "x"}}, "unknown setting gates.folder"),
     ({"compare": ["unifrom"]}, "did you mean 'uniform'"),
     ({"seed": "zero"}, "seed: expected an integer"),
     ({"align": 3}, "align: expected a table"),
@@ -58,15 +59,17 @@ def test_set(tmp_path, change, message):
 def test_set_and_round_trip(tmp_path):
     (tmp_path / "r.toml").write_text('budget = 1\n[align]\nsteps = 3\n')
     recipe = load_recipe(tmp_path / "r.toml", ["align.steps=7", "teacher=some/model", "compare=['uniform']", "gates.lam=0.5", "mixer=lightning"])
-    assert (recipe.align, recipe.teacher, recipe.compare, recipe.gates) == ({"steps": 7}, "some/model", ("uniform",), {"lam": .5})
+    assert (recipe.align.steps, recipe.teacher) == (7, "some/model")
+    assert (recipe.compare, recipe.gates.lam) == (("uniform",), .5)
     (tmp_path / "s.toml").write_text(recipe_toml(recipe))
     assert load_recipe(tmp_path / "s.toml") == recipe
 
 
-@pytest.mark.parametrize("budget, kind", [(-1, ValueError), (5, ValueError), (1.5, TypeError), ("two", TypeError), (True, TypeError)])
-def test_budget(teacher, tmp_path, budget, kind):
-    with pytest.raises(kind, match="budget: expected"): convert(small_recipe(teacher, budget=budget), tmp_path / "run", progress=False)
-    assert not (tmp_path / "run" / "log.jsonl").exists()          # nothing was trained
+@pytest.mark.parametrize("budget", [-1, 5, 1.5, "two", True])
+def test_budget(teacher, tmp_path, budget):
+    with pytest.raises(ValueError, match="budget: expected"):
+        convert(small_recipe(teacher, budget=budget), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()          # nothing was begun
 
 
 def test_teacher_missing(tmp_path):
@@ -114,22 +117,31 @@ def test_command_line_errors_are_one_line(finished, tmp_path):
         assert out.exit_code == 2 and out.output.startswith("flashmorph: ") and out.output.count("\n") == 1, out.output
 
 
-def broken_run(finished, tmp_path, stage: str):
-    "A copy of the finished run, and the checkpoint of one of its stages."
-    folder = shutil.copytree(finished, tmp_path / "run")
+@pytest.fixture(scope="module")
+def stopped(teacher, tmp_path_factory):
+    "A run that was stopped in its last stage, with the checkpoints of all stages."
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        convert(small_recipe(teacher), folder, progress=False, callbacks=[Stop("finetune", 1)])
+    return folder
+
+
+def broken_run(stopped, tmp_path, stage: str):
+    "A copy of the stopped run, and the checkpoint of one of its stages."
+    folder = shutil.copytree(stopped, tmp_path / "run")
     return folder, Checkpoints(folder / "checkpoints" / stage).paths()[-1]
 
 
-def test_truncated_checkpoint(finished, tmp_path):
-    folder, path = broken_run(finished, tmp_path, "align")
+def test_truncated_checkpoint(stopped, tmp_path):
+    folder, path = broken_run(stopped, tmp_path, "align")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="may be truncated"): convert(None, folder, resume=True, progress=False)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="may be truncated"): convert(None, folder, resume=True, progress=False)
 
 
-def test_foreign_checkpoint(finished, tmp_path):
-    folder, path = broken_run(finished, tmp_path, "distill-flashmorph")
+def test_foreign_checkpoint(stopped, tmp_path):
+    folder, path = broken_run(stopped, tmp_path, "distill-flashmorph")
     save_file({"weight": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="not written by flashmorph"): convert(None, folder, resume=True, progress=False)
     shutil.copy(Checkpoints(folder / "checkpoints" / "gates").paths()[-1], path)

@@ -127,11 +127,14 @@ def run_recipe(
     recipe: Path | None, out: Path, changes: list[str], resume: bool, overwrite: bool
 ) -> None:
     "Convert, and print the table of results."
-    from flashmorph.run.recipe import convert, load_recipe
+    from flashmorph.run.convert import convert
+    from flashmorph.run.recipe import load_recipe
     from flashmorph.show.report import results_table
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                   # of loading and saving; the bars of training stay
     with plain_errors(out):
+        # changes without a recipe are changes of the run's own
+        if resume and changes and recipe is None: recipe = out / "recipe.toml"
         loaded = load_recipe(recipe, changes) if recipe else None
         results = convert(loaded, out, resume=resume, overwrite=overwrite, say=show_step)
         console.print(results_table(results))
@@ -152,13 +155,14 @@ def convert(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
+    mixer: Annotated[str | None, typer.Option(
+        help="Kind of linear attention (lightning, unless the run has another).")] = None,
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
 ) -> None:
     "The whole story on the bundled teacher: a table and a report at the end."
     shipped = Path(str(files("flashmorph") / "static" / "demo.toml"))
-    recipe = None if resume else shipped
-    run_recipe(recipe, out, [f"mixer={mixer}", *(changes or [])], resume, overwrite)
+    asked = [f"mixer={mixer}"] if mixer else []
+    run_recipe(None if resume else shipped, out, asked + (changes or []), resume, overwrite)
 
 # %% ../../nbs/85_run.cli.ipynb #ef9973ff
 @app.command()
