@@ -4,26 +4,28 @@
 
 # %% ../../nbs/51_measure.evaluate.ipynb #1fbe4443
 from __future__ import annotations
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..model.logits import hidden_states, logits_from_hidden
+from ..data.mixture import batches, whole_number
 from ..data.passkeys import Passkeys
-from ..data.text import MOST, SourceConfig, documents, text
+from ..data.sources import SourceConfig, documents
+from ..data.text import MOST, TokenBlocks
+from ..model.logits import hidden_states, host_of, logits_from_hidden
 from ..results import Evaluation
 from ..settings import setting
 
 # %% auto #0
-__all__ = ['HELD_OUT', 'EvaluateConfig', 'evaluate_recall', 'evaluate_text', 'evaluate']
+__all__ = ['HELD_OUT', 'EvaluateConfig', 'token_scores', 'check_ids', 'exact_keys', 'evaluate_recall', 'evaluate_text',
+           'evaluate']
 
 # %% ../../nbs/51_measure.evaluate.ipynb #c91a1883
 HELD_OUT = 1_000_003      # seeds of evaluation data start here; trainings use small seeds
 
-# %% ../../nbs/51_measure.evaluate.ipynb #501aa0b8
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SourceConfig):
     "Settings of `evaluate`: `books` books of `length` tokens, read in batches of `batch_size`."
@@ -36,56 +38,93 @@ class EvaluateConfig(SourceConfig):
 
 # %% ../../nbs/51_measure.evaluate.ipynb #ade2f953
 @torch.no_grad()
-def _token_scores(model: nn.Module, ids: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Loss and correctness of predicting the tokens `ids[where]`, (N,) each. `where[:, 0]` must be False."
+def token_scores(model: nn.Module, ids: torch.Tensor,
+                 where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and correctness of predicting the tokens `ids[where]`, (N,) each.
+
+    `ids` and `where` are (B, T), and `where[:, 0]` is False. Raises `ValueError` for ids that the
+    model does not have, and `FloatingPointError` for a loss that is not finite."""
+    check_ids(model, ids)
     hidden = hidden_states(model, ids)[:, :-1][where[:, 1:]]
-    targets, nll, ok = ids[:, 1:][where[:, 1:]], [], []
+    targets = ids[:, 1:][where[:, 1:]]
+    nll, right = [], []
     with logits_from_hidden(model) as logits:
         for h, y in zip(hidden.split(1024), targets.split(1024), strict=True):
             z = logits(h).float()
-            nll.append(F.cross_entropy(z, y, reduction="none")); ok.append(z.argmax(-1) == y)
-    return torch.cat(nll), torch.cat(ok)
+            nll.append(F.cross_entropy(z, y, reduction="none"))
+            right.append(z.argmax(-1) == y)
+    loss = torch.cat(nll)
+    if not loss.isfinite().all():
+        raise FloatingPointError("the loss of the model is not finite, so its scores would mean "
+                                 "nothing: NaN or infinite numbers are in weights or activations")
+    return loss, torch.cat(right)
 
-def _batches(rows: Iterable[dict[str, torch.Tensor]], count: int, batch_size: int, device: torch.device):
-    rows = iter(rows)
-    for n in [batch_size] * (count // batch_size) + ([count % batch_size] if count % batch_size else []):
-        batch = list(itertools.islice(rows, n))
-        yield {k: torch.stack([r[k] for r in batch]).to(device) for k in batch[0]}
+
+def check_ids(model: nn.Module, ids: torch.Tensor) -> None:
+    "Raises `ValueError` if the model has no embedding for one of `ids`."
+    size = host_of(model).get_input_embeddings().weight.shape[0]
+    if int(ids.max()) < size: return
+    raise ValueError(f"token {int(ids.max())} is not in the model's vocabulary of {size} tokens: "
+                     "use the tokenizer that belongs to the model")
 
 # %% ../../nbs/51_measure.evaluate.ipynb #e888b862
-def evaluate_recall(model: nn.Module, books: Iterable[dict[str, torch.Tensor]], count: int = 64, batch_size: int = 8) -> dict[str, float]:
+def exact_keys(answers: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    "For each asked passkey of `answers` (B, T), whether all its tokens are right; `right` is (N,)."
+    row, _ = (answers > 0).nonzero(as_tuple=True)
+    key = row * (answers.max() + 1) + answers[answers > 0]     # one number per passkey of the batch
+    return torch.stack([right[key == k].all() for k in key.unique()])
+
+
+def evaluate_recall(model: nn.Module, books: Iterable[dict[str, torch.Tensor]], count: int = 64,
+                    batch_size: int = 8) -> dict[str, float]:
     "`recall`, `exact` and `answer_nll` of `model` on the first `count` rows of `books`."
-    nll, ok, exact = [], [], []
-    for batch in _batches(books, count, batch_size, next(model.parameters()).device):
-        answers = batch["answers"]
-        n, o = _token_scores(model, batch["input_ids"], answers > 0)
-        nll.append(n); ok.append(o)
-        row, _ = (answers > 0).nonzero(as_tuple=True)
-        key = row * (answers.max() + 1) + answers[answers > 0]                       # one number per asked passkey of the batch
-        exact.append(torch.stack([o[key == k].all() for k in key.unique()]))
-    return {"recall": torch.cat(ok).float().mean().item(), "exact": torch.cat(exact).float().mean().item(), "answer_nll": torch.cat(nll).mean().item()}
+    device = next(model.parameters()).device
+    nll, right, exact = [], [], []
+    for batch in batches(books, batch_size, count):
+        answers = batch["answers"].to(device)
+        loss, ok = token_scores(model, batch["input_ids"].to(device), answers > 0)
+        nll.append(loss)
+        right.append(ok)
+        exact.append(exact_keys(answers, ok))
+    return {
+        "recall": torch.cat(right).float().mean().item(),
+        "exact": torch.cat(exact).float().mean().item(),
+        "answer_nll": torch.cat(nll).mean().item(),
+    }
 
 
-def evaluate_text(model: nn.Module, blocks: Iterable[dict[str, torch.Tensor]], count: int = 64, batch_size: int = 8) -> float:
+def evaluate_text(model: nn.Module, blocks: Iterable[dict[str, torch.Tensor]], count: int = 64,
+                  batch_size: int = 8) -> float:
     "Mean next-token loss of `model`, in nats, on the first `count` rows of `blocks`."
+    device = next(model.parameters()).device
     nll = []
-    for batch in _batches(blocks, count, batch_size, next(model.parameters()).device):
-        where = torch.ones_like(batch["input_ids"], dtype=torch.bool); where[:, 0] = False
-        nll.append(_token_scores(model, batch["input_ids"], where)[0])
+    for batch in batches(blocks, batch_size, count):
+        ids = batch["input_ids"].to(device)
+        where = torch.ones_like(ids, dtype=torch.bool)
+        where[:, 0] = False
+        nll.append(token_scores(model, ids, where)[0])
     return torch.cat(nll).mean().item()
 
 # %% ../../nbs/51_measure.evaluate.ipynb #06d7d4f1
-def evaluate(model: nn.Module, tokenizer, *, length: int = 1024, keys: int = 10, words_per_key: int = 32, books: int = 64, batch_size: int = 8,
-             source: str | list[str] = "stories", column: str = "text", seed: int = HELD_OUT) -> Evaluation:
-    """Recall on `books` held-out passkey books of `length` tokens, and the loss on as many blocks of plain text from `source`.
+def evaluate(model: nn.Module, tokenizer: Any, *, seed: int = HELD_OUT,
+             **settings: Any) -> Evaluation:
+    """Recall on held-out passkey books, and the loss on as many blocks of held-out text.
 
-    Deterministic for a given `seed`. Raises `ValueError` if `length` cannot hold the passkeys."""
-    EvaluateConfig(length=length, keys=keys, words_per_key=words_per_key, books=books, batch_size=batch_size, source=source, column=column)  # type: ignore[arg-type]
+    `settings` are those of `EvaluateConfig`: `books` (64) books of `length` (1024) tokens with
+    `keys` (10) passkeys of `words_per_key` (32) words, in batches of `batch_size` (8), and where
+    the text is.
+    Deterministic for a given `seed`. Raises `ValueError` for settings that cannot work, and
+    `FloatingPointError` for a model whose loss is not finite."""
+    if not isinstance(model, nn.Module): raise TypeError(f"model: expected a model, got {model!r}")
+    config = EvaluateConfig.make(settings)
+    seed = whole_number("seed", seed, low=0)
+    books = Passkeys(tokenizer, documents(config, seed=seed, held_out=True), config.length,
+                     keys=config.keys, words_per_key=config.words_per_key, seed=seed)
+    blocks = TokenBlocks(tokenizer, documents(config, seed=seed + 1, held_out=True), config.length)
     training = model.training
     model.eval()
-    passkeys = Passkeys(tokenizer, documents(source, seed=seed), length, keys=keys, words_per_key=words_per_key, column=column, seed=seed)
     try:
-        scores = evaluate_recall(model, passkeys, books, batch_size)
-        lm = evaluate_text(model, text(tokenizer, source, length=length, column=column, seed=seed + 1), books, batch_size)
+        scores = evaluate_recall(model, books, config.books, config.batch_size)
+        loss = evaluate_text(model, blocks, config.books, config.batch_size)
     finally: model.train(training)
-    return Evaluation(**scores, lm_nll=lm, books=books, length=length)
+    return Evaluation(**scores, lm_nll=loss, books=config.books, length=config.length)

@@ -18,9 +18,10 @@ from ..measure.evaluate import evaluate
 from ..store import write_aside
 from ..data.passkeys import NATO, BookTemplate, encode_piece, ordinal, passkeys
 from ..data.mixture import Mixture
-from flashmorph.data.text import (
-    COLOURS, EVENTS, FACTS, MOODS, NAMES, PLACES, THINGS, TIMES, TRADES, text,
+from flashmorph.data.sources import (
+    COLOURS, EVENTS, FACTS, MOODS, NAMES, PLACES, THINGS, TIMES, TRADES,
 )
+from ..data.text import text
 
 # %% auto #0
 __all__ = ['GROWTH', 'TASK', 'TWO_KEYS', 'THREE_KEYS', 'PHASES', 'COMMON', 'known_words', 'build_tokenizer', 'Echoes',
