@@ -9,12 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from flashmorph.run.recipe import Recipe
 from flashmorph.run.pretrain import build_tokenizer
-<<<<<<< HEAD
-from flashmorph.data.text import Stories
+from flashmorph.data.stories import Stories
 from flashmorph.train.fit import Callback
-=======
-from flashmorph.data.sources import Stories
->>>>>>> bbf287e ([data] Open sources in one way, hold documents out, keep positions small and exact)
 
 
 def save_teacher(folder: Path, family: str = "qwen3", tokenizer=None, **kwargs) -> Path:

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flashmorph.data.passkeys import Passkeys, encode_piece, ordinal, passkeys
-from flashmorph.data.sources import Stories, documents
+from flashmorph.data.sources import documents
+from flashmorph.data.stories import Stories
 from flashmorph.data.text import text
 from flashmorph.run.pretrain import build_tokenizer
 

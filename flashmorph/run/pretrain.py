@@ -18,7 +18,7 @@ from ..measure.evaluate import evaluate
 from ..store import write_aside
 from ..data.passkeys import NATO, BookTemplate, encode_piece, ordinal, passkeys
 from ..data.mixture import Mixture
-from flashmorph.data.sources import (
+from flashmorph.data.stories import (
     COLOURS, EVENTS, FACTS, MOODS, NAMES, PLACES, THINGS, TIMES, TRADES,
 )
 from ..data.text import text
