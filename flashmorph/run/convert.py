@@ -88,7 +88,6 @@ def measured(work: Conversion, model: nn.Module, what: str) -> dict[str, Any]:
     "An evaluation, and the seconds it took."
     began = time.perf_counter()
     settings = asdict(work.recipe.evaluate)
-    for name in ("split", "subset"): settings.pop(name)
     scores = asdict(evaluate(model, work.materials.tokenizer, **settings))
     check_finite(what, scores)
     return {"evaluation": scores, "seconds": time.perf_counter() - began}

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from ..data.mixture import Mixture
 from ..data.passkeys import Passkeys, passkeys
-from ..data.text import SourceConfig, text
+from ..data.files import SourceConfig
+from ..data.text import text
 from ..ledger import Facts
 from ..model.hosts import attention_modules
 from ..model.layers import check_full

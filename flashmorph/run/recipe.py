@@ -12,7 +12,8 @@ from typing import Any
 import tomli_w
 from ..choose.gates import GatesConfig
 from ..data.passkeys import PasskeysConfig
-from ..data.text import SourceConfig, TextConfig
+from ..data.files import SourceConfig
+from ..data.text import TextConfig
 from ..measure.evaluate import EvaluateConfig
 from ..model.mixers import mixer_class
 from ..model.teacher import BUNDLED
