@@ -22,10 +22,10 @@ from flashmorph.train.fit import Callback, FitConfig, FitResult
 
 # Looked up when asked for, because they need ipywidgets and plotly: name -> module.
 ON_DEMAND = {
-    "BudgetExplorer": "flashmorph.show.widgets",
-    "GateMonitor": "flashmorph.show.widgets",
-    "RecallMap": "flashmorph.show.widgets",
-    "SelectionCompare": "flashmorph.show.widgets",
+    "BudgetExplorer": "flashmorph.show.explorer",
+    "GateMonitor": "flashmorph.show.monitor",
+    "RecallMap": "flashmorph.show.compare",
+    "SelectionCompare": "flashmorph.show.compare",
 }
 
 

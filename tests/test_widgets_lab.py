@@ -12,7 +12,9 @@ from transformers import AutoConfig
 from flashmorph.choose.gates import GateRun
 from flashmorph.results import RecallGrid
 from flashmorph.selection import Selection, top_k
-from flashmorph.show.widgets import BudgetExplorer, GateMonitor, RecallMap, SelectionCompare
+from flashmorph.show.compare import RecallMap, SelectionCompare
+from flashmorph.show.explorer import BudgetExplorer
+from flashmorph.show.monitor import GateMonitor
 
 pytestmark = pytest.mark.browser
 TUTORIAL = Path(__file__).resolve().parent.parent / "nbs/tutorials/03_budget.ipynb"

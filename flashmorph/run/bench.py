@@ -159,7 +159,7 @@ def bench_gates(
     `ratio` is to the teacher's forward pass on the same rows. `monitor` has `ratio`, the time with
     over the time without, and `drawing`, the share of the time that the monitor spent. Raises
     `ValueError` for settings that cannot work, and as `load_teacher` and `passkeys`."""
-    from flashmorph.show.widgets import GateMonitor
+    from flashmorph.show.monitor import GateMonitor
     wanted = GateBench.make(settings)
     plain, tokenizer = load_teacher(teacher)
     model = morph(plain, mixer).to(wanted.device)

@@ -1,41 +1,133 @@
+// @ts-check
 // Methods by layers at one budget, and how often each layer is kept.
+
+/** Heights in pixels. */
+const LANES = { top: 18, tall: 44, lane: 24, strip: 17 };
+
+/** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
-  const get = k => model.get(k), L = get("num_layers");
-  const slider = make("input", { type: "range", min: 0, max: L, step: 1, class: "fm-slider", "aria-label": "budget",
-    oninput: e => { model.set("budget", +e.target.value); model.save_changes(); paint(); } });
-  const count = make("span", { class: "fm-count" }), chart = make("div", { class: "fm-chart" }), note = make("div", { class: "fm-note", role: "status" });
-  el.append(own(make("div", { class: "fm fm-compare" }, make("div", { class: "fm-row top" }, make("span", { class: "fm-title", text: "Budget" }), make("div", { class: "fm-grow" }, slider), count), chart, note)));
-  let rows = null, votes = null;
+  const L = model.get("num_layers");
+  /** @type {Method[]} */
+  const methods = model.get("methods");
+  const slider = make("input", {
+    type: "range",
+    min: 0,
+    max: L,
+    step: 1,
+    class: "fm-slider",
+    "aria-label": "budget",
+    oninput() {
+      change(model, { budget: +slider.value });
+      paint();
+    },
+  });
+  const count = make("span", { class: "fm-count" });
+  const chart = make("div", { class: "fm-chart" });
+  const note = make("div", { class: "fm-note", role: "status" });
+  const title = make("span", { class: "fm-title", text: "Budget" });
+  const top = make(
+    "div",
+    { class: "fm-row top" },
+    title,
+    make("div", { class: "fm-grow" }, slider),
+    count,
+  );
+  el.append(own(make("div", { class: "fm fm-compare" }, top, chart, note)));
+
+  /** @type {{ paint: (masks: string[], budget: number) => void } | null} */
+  let drawn = null;
+  /** @param {number} width */
   function build(width) {
-    const methods = get("methods"), c = columns(width, L, 104, 120), top = 18, lane = 24, tall = 44, y = n => top + tall + 14 + n * lane, height = y(methods.length) + 16;
-    const svg = make("svg", { height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "which layers each method keeps" });
-    svg.append(make("text", { x: 0, y: top + tall / 2 + 4, text: "kept by" }), make("line", { class: "grid", x1: c.left - 4, x2: c.end, y1: top + tall, y2: top + tall }), make("text", { x: 0, y: height - 2, class: "soft", text: "layer" }));
-    for (const i of labelled(L, c.step)) svg.append(make("text", { class: "soft", x: c.mid(i), y: height - 2, "text-anchor": "middle", text: i }));
-    votes = range(L).map(i => ({ bar: svg.appendChild(make("rect", { class: "full", x: c.x(i), width: c.width, rx: 1.5 })), label: c.step >= 16 ? svg.appendChild(make("text", { class: "soft", x: c.mid(i), "text-anchor": "middle" })) : null, base: top + tall, tall }));
-    rows = methods.map((m, n) => {
-      svg.append(make("text", { x: 0, y: y(n) + 13, text: m.name.length > 15 ? m.name.slice(0, 14) + "…" : m.name, "font-weight": n ? 400 : 600 }));
-      const cells = range(L).map(i => svg.appendChild(make("rect", { x: c.x(i), width: c.width, y: y(n), height: 17, rx: 1.5,
-        onmouseenter: () => put(note, { text: `layer ${i}: ${m.name} ${(m.sets[get("budget")] || "")[i] === "1" ? "keeps full attention" : "makes it linear"}` }), onmouseleave: () => put(note, { text: "" }) })));
-      return { cells, remark: svg.appendChild(make("text", { class: "soft", x: Math.min(c.end + 10, width - 112), y: y(n) + 13 })) };
-    });
-    chart.replaceChildren(svg); paint();
+    const hover = (/** @type {number} */ n, /** @type {number} */ i) => () => {
+      const kept = (methods[n].sets[model.get("budget")] || "")[i] === "1";
+      const kind = kept ? "keeps full attention" : "makes it linear";
+      put(note, { text: `layer ${i}: ${methods[n].name} ${kind}` });
+    };
+    const leave = () => put(note, { text: "" });
+    const picture = compareChart(methods, L, width, hover, leave);
+    drawn = picture;
+    chart.replaceChildren(picture.svg);
+    paint();
   }
+
   function paint() {
-    const k = get("budget"), methods = get("methods"), masks = methods.map(m => m.sets[k]);
-    slider.value = k; put(slider, { "aria-valuetext": `${k} of ${L}` }); put(count, { text: `${k} of ${plural(L, "layer")} full` });
-    if (!rows) return;
-    votes.forEach((v, i) => {
-      const n = masks.filter(m => m && m[i] === "1").length, tall = v.tall * n / masks.length;
-      put(v.bar, { y: v.base - tall, height: tall }); if (v.label) put(v.label, { y: v.base - tall - 4, text: n || "" });
+    const k = model.get("budget");
+    slider.value = k;
+    put(slider, { "aria-valuetext": `${k} of ${L}` });
+    put(count, { text: `${k} of ${plural(L, "layer")} full` });
+    const masks = methods.map((method) => method.sets[k]);
+    if (drawn) drawn.paint(masks, k);
+  }
+
+  const stops = [fit(chart, build), follow(model, ["budget"], paint)];
+  paint();
+  return () => stops.forEach((stop) => stop());
+}
+
+/**
+ * A bar for each layer, as high as many methods keep it, and a strip for each method.
+ * @param {Method[]} methods @param {number} L @param {number} width
+ * @param {(n: number, layer: number) => () => void} hover @param {() => void} leave
+ */
+function compareChart(methods, L, width, hover, leave) {
+  const { top, tall, lane, strip } = LANES;
+  const c = columns(width, L, 104, 120);
+  const y = (/** @type {number} */ n) => top + tall + 14 + n * lane;
+  const height = y(methods.length) + 16;
+  const svg = make("svg", {
+    height,
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label": "which layers each method keeps",
+  });
+  svg.append(make("text", { x: 0, y: top + tall / 2 + 4, text: "kept by" }));
+  svg.append(across(c.left - 4, c.end, top + tall), soft(0, height - 2, "layer"));
+  for (const i of labelled(L, c.step)) svg.append(soft(c.mid(i), height - 2, i, "middle"));
+
+  const place = (/** @type {number} */ i) => ({ x: c.x(i), width: c.width, rx: 1.5 });
+  const bars = range(L).map((i) => make("rect", { class: "full", ...place(i) }));
+  const counts = range(L).map((i) => soft(c.mid(i), 0, "", "middle"));
+  svg.append(...bars);
+  if (c.step >= 16) svg.append(...counts);
+
+  const rows = methods.map((method, n) => {
+    const weight = n ? 400 : 600;
+    const name = { x: 0, y: y(n) + 13, text: short(method.name), "font-weight": weight };
+    const cells = range(L).map((i) => {
+      const listeners = { onmouseenter: hover(n, i), onmouseleave: leave };
+      return make("rect", { ...place(i), y: y(n), height: strip, ...listeners });
     });
-    rows.forEach((row, n) => {
-      row.cells.forEach((cell, i) => put(cell, { class: masks[n] && masks[n][i] === "1" ? "full" : "linear", opacity: masks[n] ? 1 : 0.25 }));
-      const shared = masks[n] && masks[0] ? [...masks[n]].filter((c, i) => c === "1" && masks[0][i] === "1").length : 0, either = 2 * k - shared;
-      put(row.remark, { text: !masks[n] ? "not at this budget" : n === 0 ? "" : `${shared} of ${k} shared, ${percent(either ? shared / either : 1)}` });
+    const remark = soft(Math.min(c.end + 10, width - 112), y(n) + 13, "");
+    svg.append(make("text", name), ...cells, remark);
+    return { cells, remark };
+  });
+
+  /** @param {string[]} masks @param {number} k */
+  function paint(masks, k) {
+    bars.forEach((bar, i) => {
+      const votes = masks.filter((mask) => mask && mask[i] === "1").length;
+      const height = (tall * votes) / masks.length;
+      put(bar, { y: top + tall - height, height });
+      put(counts[i], { y: top + tall - height - 4, text: votes || "" });
+    });
+    rows.forEach(({ cells, remark }, n) => {
+      cells.forEach((cell, i) => {
+        const kind = masks[n] && masks[n][i] === "1" ? "full" : "linear";
+        put(cell, { class: kind, opacity: masks[n] ? 1 : 0.25 });
+      });
+      put(remark, { text: n || !masks[0] ? overlap(masks[n], masks[0], k) : "" });
     });
   }
-  const stops = [fit(chart, build), follow(model, ["budget"], () => paint())];
-  paint();
-  return () => stops.forEach(f => f());
+
+  return { svg, paint };
+}
+
+/** How much two sets share, in words. @param {string} a @param {string} b @param {number} k */
+function overlap(a, b, k) {
+  if (!a) return "not at this budget";
+  if (!b) return "";
+  const both = shared(a, b);
+  const either = 2 * k - both;
+  return `${both} of ${k} shared, ${percent(either ? both / either : 1, 0)}`;
 }
 export default { render };

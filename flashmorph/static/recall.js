@@ -1,31 +1,112 @@
+// @ts-check
 // Recall over depth and length, for one or more models.
+
+/** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
-  const get = k => model.get(k), grids = get("maps");
-  const chart = make("div", { class: "fm-chart" }), note = make("div", { class: "fm-note", role: "status" });
-  const tabs = grids.map((g, n) => make("button", { text: g.name, onclick: () => { model.set("shown", n); model.save_changes(); paint(); } }));
-  el.append(own(make("div", { class: "fm fm-recall-map" }, make("div", { class: "fm-row top" }, make("span", { class: "fm-title", text: "Recall" }), ...(grids.length > 1 ? tabs : [])), chart, note)));
+  /** @type {Grid[]} */
+  const grids = model.get("maps");
+  const chart = make("div", { class: "fm-chart" });
+  const note = make("div", { class: "fm-note", role: "status" });
+  const tabs = grids.map((grid, n) =>
+    make("button", {
+      text: grid.name,
+      onclick() {
+        change(model, { shown: n });
+        paint();
+      },
+    }),
+  );
+  const title = make("span", { class: "fm-title", text: "Recall" });
+  const top = make("div", { class: "fm-row top" }, title, ...(grids.length > 1 ? tabs : []));
+  el.append(own(make("div", { class: "fm fm-recall-map" }, top, chart, note)));
+
   function paint(width = Math.round(chart.clientWidth)) {
-    const g = grids[get("shown")], cols = g.lengths.length, rows = g.recall.length, left = 92, right = 64, step = Math.min(96, (width - left - right) / cols), lane = clamp(220 / rows, 16, 34), top = 4, height = top + lane * rows + 40;
-    tabs.forEach((t, n) => put(t, { "aria-pressed": n === get("shown") ? "true" : "false" }));
+    const shown = model.get("shown");
+    tabs.forEach((tab, n) => put(tab, { "aria-pressed": String(n === shown) }));
     if (!(width > 0)) return;
-    const svg = make("svg", { height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `recall of ${g.name}` });
-    g.recall.forEach((row, d) => {
-      const from = d / rows, to = (d + 1) / rows;
-      if (lane >= 18 || d % 2 === 0) svg.append(make("text", { class: "soft", x: left - 10, y: top + lane * (d + 0.5) + 4, "text-anchor": "end", text: `${Math.round(100 * from)}–${Math.round(100 * to)} %` }));
-      row.forEach((v, c) => {
-        const [x, y] = [left + step * c, top + lane * d], tell = v === null ? "no passkey here" : `${percent(v, 1)} of the answer tokens, ${plural(g.counts[d][c], "passkey")}`;
-        const said = `${g.name}, ${g.lengths[c].toLocaleString("en")} tokens, depth ${Math.round(100 * from)}–${Math.round(100 * to)} %: ${tell}`;
-        svg.append(make("rect", { class: "fm-cell", x: x + 1, y: y + 1, width: step - 2, height: lane - 2, rx: 2, fill: v === null ? "none" : `color-mix(in oklab, #0072B2 ${Math.round(4 + 96 * v)}%, var(--fm-linear))`, stroke: v === null ? "var(--fm-line)" : "none",
-          onmouseenter: () => put(note, { text: said }), onmouseleave: () => put(note, { text: "" }) }, make("title", { text: said })));
-        if (v !== null && step >= 34) svg.append(make("text", { x: x + step / 2, y: y + lane / 2 + 4, "text-anchor": "middle", "pointer-events": "none", style: v > 0.55 ? "fill: #fff" : "", text: Math.round(100 * v) }));
-      });
-    });
-    g.lengths.forEach((n, c) => svg.append(make("text", { class: "soft", x: left + step * (c + 0.5), y: top + lane * rows + 16, "text-anchor": "middle", text: n.toLocaleString("en") })));
-    svg.append(make("text", { x: left + step * cols / 2, y: height - 4, "text-anchor": "middle", text: "length, tokens" }), make("text", { x: 0, y: top + lane * rows / 2, transform: `rotate(-90 10 ${top + lane * rows / 2})`, "text-anchor": "middle", text: "depth of the passkey" }));
-    chart.replaceChildren(svg);
+    chart.replaceChildren(recallMap(grids[shown], width, (text) => put(note, { text })));
   }
+
   const stops = [fit(chart, paint), follow(model, ["shown"], () => paint())];
   paint();
-  return () => stops.forEach(f => f());
+  return () => stops.forEach((stop) => stop());
+}
+
+/** @param {Grid} grid @param {number} width @param {(text: string) => void} say */
+function recallMap(grid, width, say) {
+  const cols = grid.lengths.length;
+  const rows = grid.recall.length;
+  const [left, right, top] = [92, 64, 4];
+  const step = Math.min(96, (width - left - right) / cols);
+  const lane = clamp(220 / rows, 16, 34);
+  const bottom = top + lane * rows;
+  const height = bottom + 40;
+  const svg = make("svg", {
+    height,
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label": `recall of ${grid.name}`,
+  });
+  grid.recall.forEach((row, d) => {
+    const ends = [d / rows, (d + 1) / rows].map((share) => rounded(100 * share, 0));
+    const depth = `${ends.join("–")} %`;
+    const y = top + lane * d;
+    if (lane >= 18 || d % 2 === 0) svg.append(soft(left - 10, y + lane / 2 + 4, depth, "end"));
+    row.forEach((recall, c) => {
+      const where = `${grid.name}, ${grouped(grid.lengths[c])} tokens, depth ${depth}`;
+      const words = recallWords(recall, grid.counts[d][c]);
+      const box = { x: left + step * c, y, width: step, height: lane };
+      svg.append(...recallCell(recall, box, `${where}: ${words}`, say));
+    });
+  });
+  grid.lengths.forEach((n, c) => {
+    svg.append(soft(left + step * (c + 0.5), bottom + 16, grouped(n), "middle"));
+  });
+  const middle = { x: left + (step * cols) / 2, y: height - 4, "text-anchor": "middle" };
+  svg.append(make("text", { ...middle, text: "length, tokens" }));
+  svg.append(upward(top + (lane * rows) / 2, "depth of the passkey"));
+  return svg;
+}
+
+/** @param {number | null} recall @param {number} count */
+const recallWords = (recall, count) =>
+  recall === null
+    ? "no passkey here"
+    : `${percent(recall)} of the answer tokens, ${plural(count, "passkey")}`;
+
+/**
+ * One cell: a colour with a number, or an empty frame where nothing is known.
+ * @param {number | null} recall @param {{x: number, y: number, width: number, height: number}} box
+ * @param {string} words @param {(text: string) => void} say
+ */
+function recallCell(recall, { x, y, width, height }, words, say) {
+  const blue = recall === null ? 0 : Math.round(4 + 96 * recall);
+  const fill = `color-mix(in oklab, #0072B2 ${blue}%, var(--fm-linear))`;
+  const look = recall === null ? { fill: "none", stroke: "var(--fm-line)" } : { fill };
+  const cell = make(
+    "rect",
+    {
+      class: "fm-cell",
+      x: x + 1,
+      y: y + 1,
+      width: width - 2,
+      height: height - 2,
+      rx: 2,
+      ...look,
+      onmouseenter: () => say(words),
+      onmouseleave: () => say(""),
+    },
+    make("title", { text: words }),
+  );
+  if (recall === null || width < 34) return [cell];
+  const text = make("text", {
+    x: x + width / 2,
+    y: y + height / 2 + 4,
+    "text-anchor": "middle",
+    "pointer-events": "none",
+    style: recall > 0.55 ? "fill: #fff" : "",
+    text: rounded(100 * recall, 0),
+  });
+  return [cell, text];
 }
 export default { render };
