@@ -23,8 +23,8 @@ from .widget import Widget, allowed, script
 from ..train.fit import Callback, FitConfig, FitResult
 
 # %% auto #0
-__all__ = ['LOSSES', 'Recording', 'packed', 'unpacked', 'picture', 'TraceView', 'trace_figure', 'Outputs', 'Ration',
-           'GateMonitor', 'recorded']
+__all__ = ['LOSSES', 'Recording', 'packed', 'unpacked', 'picture', 'TraceView', 'trace_figure', 'Outputs', 'Ration', 'recorded',
+           'GateMonitor']
 
 # %% ../../nbs/74_show.monitor.ipynb #9a0860eb
 LOSSES = {"loss": "loss", "align": "to the teacher"}     # key of an event -> name of a curve
@@ -207,6 +207,22 @@ class Ration:
         self.spent += took
         self._next = began + took + max(self.interval, 49 * took)
 
+# %% ../../nbs/74_show.monitor.ipynb #6e23014a
+def _budget(wanted: int | None, num_layers: int) -> int:
+    "The budget that was asked for, if the model can have it; else a quarter of the layers."
+    return max(1, num_layers // 4) if wanted is None else check_budget(wanted, num_layers)
+
+
+def recorded(run: GateRun | str | Path) -> Recording:
+    "The recording of a finished gate training, with the gates before the first step."
+    run = run if isinstance(run, GateRun) else GateRun.load(run)
+    losses = [None, *run.losses] if run.losses else [None] * len(run.trajectory)
+    recording = Recording(len(run.trajectory))
+    for step, (gates, loss) in enumerate(zip(run.trajectory.tolist(), losses)):
+        event = {"step": step, "gates": gates}
+        recording.add(event if not run.losses else {**event, "loss": loss})
+    return recording
+
 # %% ../../nbs/74_show.monitor.ipynb #3e58fbf0
 class GateMonitor(TraceView, Callback):
     """Watches a training: `train_gates(model, books, callbacks=[GateMonitor()])`.
@@ -261,19 +277,3 @@ class GateMonitor(TraceView, Callback):
         monitor.put(stage="gates", total=monitor.recording.steps[-1])
         monitor.draw(full=True)
         return monitor
-
-# %% ../../nbs/74_show.monitor.ipynb #6e23014a
-def _budget(wanted: int | None, num_layers: int) -> int:
-    "The budget that was asked for, if the model can have it; else a quarter of the layers."
-    return max(1, num_layers // 4) if wanted is None else check_budget(wanted, num_layers)
-
-
-def recorded(run: GateRun | str | Path) -> Recording:
-    "The recording of a finished gate training, with the gates before the first step."
-    run = run if isinstance(run, GateRun) else GateRun.load(run)
-    losses = [None, *run.losses] if run.losses else [None] * len(run.trajectory)
-    recording = Recording(len(run.trajectory))
-    for step, (gates, loss) in enumerate(zip(run.trajectory.tolist(), losses)):
-        event = {"step": step, "gates": gates}
-        recording.add(event if not run.losses else {**event, "loss": loss})
-    return recording

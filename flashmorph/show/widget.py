@@ -21,7 +21,7 @@ from ..selection import Ranking, Selection, top_k
 from .look import CONFIG, OKABE_ITO, Figure
 
 # %% auto #0
-__all__ = ['PLOTLY', 'source', 'script', 'compact', 'Widget', 'page_of', 'Refused', 'allowed', 'mask_of', 'layers_of',
+__all__ = ['PLOTLY', 'source', 'script', 'compact', 'page_of', 'Widget', 'Refused', 'allowed', 'mask_of', 'layers_of',
            'method_sets', 'cost_table']
 
 # %% ../../nbs/73_show.widget.ipynb #63f7213b
@@ -42,6 +42,15 @@ def compact(text: str) -> str:
     text = re.sub(r"^\s*/\*\*.*?\*/", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = (line.strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line and not line.startswith("//"))
+
+# %% ../../nbs/73_show.widget.ipynb #8735e274
+def page_of(text: str, css: str, esm: str, state: Mapping[str, Any]) -> str:
+    "`text` for readers without scripts, and a script that draws `state` in its place."
+    code = compact(esm.replace("export default { render };", "const widget = { render };"))
+    written = json.dumps(state).replace("<", "\\u003c")
+    place = "document.currentScript.previousElementSibling"
+    return (f'<div class="fm-static"><style>{css}</style><div><pre>{html.escape(text)}</pre></div>'
+            f"<script>(() => {{\n{code}\nmount({place}, widget, {written});\n}})();</script></div>")
 
 # %% ../../nbs/73_show.widget.ipynb #58382d1c
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -93,15 +102,6 @@ class Widget(anywidget.AnyWidget):
         figure = {**json.loads(self.figure().to_json()), "config": CONFIG}
         text = {"text/plain": str(self), "text/html": self.to_html()}
         return {**data, **text, PLOTLY: figure}, meta
-
-
-def page_of(text: str, css: str, esm: str, state: Mapping[str, Any]) -> str:
-    "`text` for readers without scripts, and a script that draws `state` in its place."
-    code = compact(esm.replace("export default { render };", "const widget = { render };"))
-    written = json.dumps(state).replace("<", "\\u003c")
-    place = "document.currentScript.previousElementSibling"
-    return (f'<div class="fm-static"><style>{css}</style><div><pre>{html.escape(text)}</pre></div>'
-            f"<script>(() => {{\n{code}\nmount({place}, widget, {written});\n}})();</script></div>")
 
 # %% ../../nbs/73_show.widget.ipynb #2023921c
 class Refused(ValueError, T.TraitError):
