@@ -56,5 +56,4 @@ step 'Types (mypy)' mypy
 step 'Notebooks run (nbdev_test)' nbdev_test
 tests 'Tests (pytest)' 'not interpret and not browser' -n auto --maxprocesses 4 --dist loadfile
 TRITON_INTERPRET=1 tests 'Kernels under the Triton interpreter (pytest)' interpret
-step 'Documentation site' python docs/build.py
-tests 'In a real browser (pytest)' browser
+tests 'Site and widgets in a real browser (pytest)' browser

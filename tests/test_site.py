@@ -30,9 +30,6 @@ DRAWN = """count => {
         figure.querySelector('.cartesianlayer').getBoundingClientRect().width > 99;
     return [...document.querySelectorAll('div.figure')].filter(drawn).length === count;
 }"""
-SIDEBAR = """() => [...document.querySelectorAll('.sidebar-tree .caption')].map((caption) =>
-    [caption.innerText, [...caption.nextElementSibling.querySelectorAll('a')].map((a) => a.href)])
-"""
 pytestmark = pytest.mark.browser
 
 
@@ -83,18 +80,62 @@ def tab(browser, address):
     assert not page.problems
 
 
-@pytest.fixture
-def window(browser, site):
-    "A page of 1,300 pixels, opened from files."
-    page = open_page(browser, width=1300)
-    yield page
-    page.context.close()
-    assert not page.problems
-
-
 def pages(site: Path) -> list[Path]:
     "Every page of the site."
     return [path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts]
+
+
+# What a page looks like, in one walk over all of them
+
+SIDEBAR = """() => [...document.querySelectorAll('.sidebar-tree .caption')].map((caption) =>
+    [caption.innerText, [...caption.nextElementSibling.querySelectorAll('a')].map((a) => a.href)])
+"""
+ENTRIES = """() => [...document.querySelectorAll('dl.py > dd')].map((text) => ({
+    signature: [...text.parentElement.querySelectorAll(':scope > dt .sig-param')]
+        .map((parameter) => parameter.querySelector('.n')?.innerText),
+    name: text.previousElementSibling.id,
+    linked: [...text.querySelectorAll('a.reference code')]
+        .filter((code) => code.closest('dd') === text).map((code) => code.innerText),
+}))"""
+ROOM = """() => {
+    document.querySelectorAll('details').forEach((details) => { details.open = true; });
+    const columns = (block) => {
+        const probe = Object.assign(document.createElement('span'), {textContent: 'x'.repeat(100)});
+        const style = getComputedStyle(block);
+        const padding = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
+        block.append(probe);
+        const column = probe.getBoundingClientRect().width / 100;
+        probe.remove();
+        return (block.clientWidth - padding) / column;
+    };
+    return [...document.querySelectorAll('div.cell_input pre')].map(columns);
+}"""
+CUT = """() => {
+    document.querySelectorAll('details').forEach((details) => { details.open = true; });
+    return [...document.querySelectorAll('pre')]
+        .filter((block) => block.scrollWidth > block.clientWidth)
+        .map((block) => block.innerText.split('\\n').reduce((a, b) => a.length < b.length ? b : a));
+}"""
+OVERFLOWS = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def looks(browser, site) -> dict[Path, dict]:
+    "Of every page, at 1,300 pixels and on a phone: what the tests below ask of it."
+    window = open_page(browser, width=1300)
+    found = {}
+    for page in pages(site):
+        window.set_viewport_size({"width": 1300, "height": 900})
+        window.goto(page.as_uri())
+        look = {"entries": window.evaluate(ENTRIES), "sidebar": window.evaluate(SIDEBAR)}
+        look |= {"overflows": [window.evaluate(OVERFLOWS)], "room": window.evaluate(ROOM)}
+        look["cut"] = window.evaluate(CUT)
+        window.set_viewport_size({"width": 390, "height": 900})
+        look["overflows"].append(window.evaluate(OVERFLOWS))
+        found[page] = look
+    assert not window.problems
+    window.context.close()
+    return found
 
 
 # Links
@@ -170,11 +211,11 @@ def chapters() -> dict[str, list[str]]:
     return found
 
 
-def test_the_sidebar_has_each_chapter_on_its_shelf(site, window):
+def test_the_sidebar_has_each_chapter_on_its_shelf(site, looks):
     "Each ten of the numbers is a part of the sidebar, in the order of the numbers."
-    window.goto((site / "index.html").as_uri())
-    parts = {caption.capitalize(): [url.rsplit("/", 1)[1] for url in urls]
-             for caption, urls in window.evaluate(SIDEBAR)}
+    parts = {}
+    for caption, urls in looks[site / "index.html"]["sidebar"]:
+        parts[caption.capitalize()] = [url.rsplit("/", 1)[1] for url in urls]
     shelves = {name: urls for name, urls in parts.items() if name in SHELVES}
     assert list(shelves.items()) == list(chapters().items())
     assert list(parts)[0] == "Tutorials"
@@ -194,55 +235,19 @@ def test_the_api_page_has_every_name_by_shelf(site):
                                            for page in pages].index)
 
 
-ENTRIES = """() => [...document.querySelectorAll('dl.py > dd')].map((text) => ({
-    signature: [...text.parentElement.querySelectorAll(':scope > dt .sig-param')]
-        .map((parameter) => parameter.querySelector('.n')?.innerText),
-    name: text.previousElementSibling.id,
-    linked: [...text.querySelectorAll('a.reference code')]
-        .filter((code) => code.closest('dd') === text).map((code) => code.innerText),
-}))"""
-
-
-def test_a_parameter_does_not_link_to_a_function_of_its_name(site, window):
+def test_a_parameter_does_not_link_to_a_function_of_its_name(looks):
     "In the entry of `uniform`, `align` is its argument, not the function `fm.align`."
-    seen = {}
-    for page in pages(site):
-        window.goto(page.as_uri())
-        for entry in window.evaluate(ENTRIES):
-            assert not set(entry["signature"]) & set(entry["linked"]), entry["name"]
-            seen[entry["name"]] = entry
-    assert "align" in seen["flashmorph.choose.uniform.uniform"]["signature"]
-    assert "load_model" in seen["flashmorph.model.teacher.load_teacher"]["linked"]
+    entries = {entry["name"]: entry for look in looks.values() for entry in look["entries"]}
+    for name, entry in entries.items():
+        assert not set(entry["signature"]) & set(entry["linked"]), name
+    assert "align" in entries["flashmorph.choose.uniform.uniform"]["signature"]
+    assert len([name for name, entry in entries.items() if entry["linked"]]) > 20
 
 
 # Code that can be read whole
 
-ROOM = """() => {
-    document.querySelectorAll('details').forEach((details) => { details.open = true; });
-    const columns = (block) => {
-        const probe = Object.assign(document.createElement('span'), {textContent: 'x'.repeat(100)});
-        const style = getComputedStyle(block);
-        const padding = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
-        block.append(probe);
-        const column = probe.getBoundingClientRect().width / 100;
-        probe.remove();
-        return (block.clientWidth - padding) / column;
-    };
-    return [...document.querySelectorAll('div.cell_input pre')].map(columns);
-}"""
-CUT = """() => {
-    document.querySelectorAll('details').forEach((details) => { details.open = true; });
-    return [...document.querySelectorAll('pre')]
-        .filter((block) => block.scrollWidth > block.clientWidth)
-        .map((block) => block.innerText.split('\\n').reduce((a, b) => a.length < b.length ? b : a));
-}"""
-
-
-def test_a_code_cell_holds_100_columns_at_1300_pixels(site, window):
-    room = []
-    for page in pages(site):
-        window.goto(page.as_uri())
-        room += window.evaluate(ROOM)
+def test_a_code_cell_holds_100_columns_at_1300_pixels(looks):
+    room = [columns for look in looks.values() for columns in look["room"]]
     assert len(room) > 100
     assert min(room) >= 100
 
@@ -253,24 +258,15 @@ def not_set_yet(site: Path) -> set[Path]:
     return {(site / name).with_suffix(".html") for name in names}
 
 
-def test_no_code_is_cut_at_1300_pixels(site, window):
+def test_no_code_is_cut_at_1300_pixels(site, looks):
     "On pages of notebooks that are set; see `NOT_YET`."
-    cut = {}
-    for page in pages(site):
-        if page in not_set_yet(site): continue
-        window.goto(page.as_uri())
-        if lines := window.evaluate(CUT): cut[page.name] = lines
-    assert not cut
+    set_pages = looks.keys() - not_set_yet(site)
+    assert not {page.name: looks[page]["cut"] for page in set_pages if looks[page]["cut"]}
 
 
-@pytest.mark.parametrize("width", [390, 1300])
-def test_no_page_is_wider_than_its_window(site, window, width):
-    "On a phone, wide code and tables scroll within the page."
-    window.set_viewport_size({"width": width, "height": 900})
-    for page in pages(site):
-        window.goto(page.as_uri())
-        root = "document.documentElement"
-        assert window.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), page.name
+def test_no_page_is_wider_than_its_window(looks):
+    "Neither at 1,300 pixels nor on a phone, where wide code and tables scroll within the page."
+    assert not [page.name for page, look in looks.items() if any(look["overflows"])]
 
 
 # What pages do
