@@ -89,6 +89,16 @@ def test_chapters_have_their_own_numbers_and_modules():
         assert len(set(values)) == len(values), sorted(values)
 
 
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")            # a Markdown link to a file
+
+
+@every
+def test_links_lead_to_files(nb):
+    folder = (ROOT / nb.name).parent
+    prose = "\n".join(source for kind, source in nb.cells if kind == "markdown")
+    assert not [link for link in LINK.findall(prose) if not (folder / link).is_file()]
+
+
 # Typesetting: each rule yields what breaks it in one notebook
 
 def columns(nb: Notebook) -> Iterator[str]:
