@@ -320,6 +320,49 @@ def test_config():
     assert config.get_text_config() is config and config.teacher.model_type == "mistral"
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
+def test_one_configuration(name, tmp_path):
+    "A setting made on the hybrid's configuration counts for the host, and the other way round."
+    h, (ids, _) = hybrid(name), tokens()
+    assert h.config.teacher is h.host.config is not teacher(name).config
+    h.set_attn_implementation("eager")
+    for outer, inner in ((h.config, h.host.config), (h.host.config, h.config)):
+        for setting in ("use_cache", "output_hidden_states", "output_attentions"):
+            for value in (False, True, False):
+                setattr(outer, setting, value)
+                assert getattr(inner, setting) is value
+    h.config.use_cache = False
+    assert find_cache(h(ids)) is None
+    h.config.output_hidden_states = True
+    assert len(h(ids).hidden_states) == 5
+    h.config.pad_token_id = 7
+    assert h.host.config.pad_token_id == 7
+
+    h.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.pad_token_id == again.host.config.pad_token_id == 7
+    assert find_cache(again(ids)) is None and len(again(ids).hidden_states) == 5
+    told = AutoModelForCausalLM.from_pretrained(tmp_path, use_cache=True)
+    assert find_cache(told(ids)) is not None
+
+
+def test_a_window_given_when_loading_reaches_the_masks(tmp_path):
+    h, (ids, _) = hybrid("mistral"), tokens()
+    h.save_pretrained(tmp_path)
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path, sliding_window=2)
+    h.config.sliding_window = 2
+    assert narrow.host.config.sliding_window == 2
+    assert torch.equal(logits(narrow, ids), logits(h, ids))
+    assert not torch.equal(logits(h, ids), logits(hybrid("mistral"), ids))
+
+
+def test_the_teachers_configuration_is_copied():
+    t = teacher("qwen3").config
+    config = HybridConfig(teacher=t, full_layers=[1])
+    config.use_cache = config.output_hidden_states = not t.use_cache
+    assert t.use_cache and not t.output_hidden_states
+
+
 def test_compile():
     "One graph, forward and backward, with padding."
     h, (ids, mask) = hybrid("llama", full=(1,), num_hidden_layers=2), tokens(pad=4)
