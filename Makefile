@@ -4,10 +4,10 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab docs export readme clean
+.PHONY: help setup demo test test-versions lab docs export readme clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready  ## make .venv with everything in it, at the versions of constraints.txt
 
@@ -26,6 +26,9 @@ demo: setup  ## the whole conversion on the bundled teacher: a table and report.
 
 test: setup  ## every check: export in sync, lint, types, notebooks, tests
 	@tests/run.sh
+
+test-versions: setup  ## model, resume and widget tests with the oldest and the newest versions
+	@tests/versions.sh
 
 lab: setup  ## open the notebooks in JupyterLab, at the first tutorial
 	@$(BIN)/jupyter lab --notebook-dir=nbs \

@@ -55,5 +55,6 @@ step 'Lint (ruff)' ruff check
 step 'Types (mypy)' mypy
 step 'Notebooks run (nbdev_test)' nbdev_test
 tests 'Tests (pytest)' 'not interpret and not browser' -n auto --maxprocesses 4 --dist loadfile
+step 'Hybrids with the newest transformers' tests/versions.sh transformers
 TRITON_INTERPRET=1 tests 'Kernels under the Triton interpreter (pytest)' interpret
 tests 'Site and widgets in a real browser (pytest)' browser
