@@ -1,5 +1,6 @@
 "Which decoders can be converted, and what a linear layer inside each of them does."
 import copy
+import re
 
 import pytest
 import torch
@@ -13,13 +14,29 @@ from flashmorph.model.morph import morph
 from flashmorph.ops import reference
 
 family = pytest.mark.parametrize("name", list(FAMILIES))
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 UNSUPPORTED = {
     "bloom": dict(n_layer=2, n_head=4, hidden_size=32),
     "falcon": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32),
-    "gpt_neo": dict(num_layers=2, num_heads=4, hidden_size=32, attention_types=[[["global", "local"], 1]]),
-    "stablelm": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, hidden_size=32, intermediate_size=48),
-    "nemotron": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, hidden_size=32, intermediate_size=48),
+    "gpt_neo": dict(num_layers=2, num_heads=4, hidden_size=32,
+                    attention_types=[[["global", "local"], 1]]),
+    "stablelm": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                     hidden_size=32, intermediate_size=48),
+    "nemotron": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+                     hidden_size=32, intermediate_size=48),
+    "opt": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, ffn_dim=48,
+                word_embed_proj_dim=32, max_position_embeddings=64),
+    "falcon_h1": dict(SMALL, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16),
+    "zaya": SMALL,
+    "deepseek_v32": SMALL,
+    "bert": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48),
 }
+INTERFACE, KEYWORDS = "attention interface once", "keywords given to the model do not reach"
+SLOT = "keeps a past in the same slot of the cache"
+WHY = dict(bloom=INTERFACE, falcon=INTERFACE, gpt_neo=INTERFACE, stablelm=KEYWORDS,
+           nemotron=KEYWORDS, opt=KEYWORDS, falcon_h1=SLOT, zaya=SLOT, deepseek_v32=SLOT,
+           bert="looks ahead")
 
 
 def linear(name, **kw):
@@ -49,9 +66,13 @@ def test_supported(name):
 
 @pytest.mark.parametrize("name", list(UNSUPPORTED))
 def test_unsupported(name):
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=97, **UNSUPPORTED[name]))
-    why = "keywords given to the model do not reach" if name in ("stablelm", "nemotron") else "attention interface once"
-    with pytest.raises(ValueError, match=f"{name}.*cannot be converted: .*{why}.*Supported families: gemma2, .*qwen3_moe"): morph(model)
+    "With the reason, and before anything runs; deepseek_v32, falcon_h1, zaya: report 46."
+    config = AutoConfig.for_model(name, vocab_size=97, **UNSUPPORTED[name])
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"family '{name}'.*cannot be converted") as error:
+        morph(model)
+    assert WHY[name] in str(error.value)
+    assert re.search("Supported families: gemma2, .*qwen3_moe", str(error.value))
 
 
 def test_a_model_that_hides_its_sizes_is_refused():
@@ -59,6 +80,22 @@ def test_a_model_that_hides_its_sizes_is_refused():
     model.model.layers[2].self_attn.head_dim = 16
     with pytest.raises(ValueError, match="cannot be converted"): hosts.check_host(model)
     assert model.model.layers[0].self_attn.config._attn_implementation != "flashmorph_probe"
+    model.model.layers[2].self_attn.num_key_value_groups = 8
+    with pytest.raises(ValueError, match="cannot be converted: the sizes"): hosts.check_host(model)
+
+
+def test_several_models_in_one_are_refused():
+    model = teacher("llama")
+    part = copy.copy(model.config)
+    model.config.get_text_config = lambda *args, **kwargs: part
+    with pytest.raises(ValueError, match="made of several models"): hosts.check_host(model)
+
+
+def test_one_search_hands_on_everything():
+    model = teacher("qwen3")
+    sites = hosts.check_host(model)
+    assert [(name, attn) for name, attn, _ in sites] == hosts.attention_modules(model)
+    assert [dims for _, _, dims in sites] == [MixerDims(32, 4, 2, 8, 8, i, 4) for i in range(4)]
 
 
 def test_dims():

@@ -1,4 +1,6 @@
 "Every mixer, plain and with options, through what a conversion does with it; and a mixer of one's own."
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -142,10 +144,47 @@ def test_unknown_projections_cannot_be_expanded():
 
 
 def test_options():
-    assert HybridConfig(teacher=teacher("qwen3").config, mixer="gdn( rope=False,conv=4)", full_layers=[0]).mixer == "gdn(conv=4, rope=False)"
+    config = teacher("qwen3").config
+    h = HybridConfig(teacher=config, mixer="gdn( rope=False,conv=4)", full_layers=[0])
+    assert h.mixer == "gdn(conv=4, rope=False)"
     assert morph(teacher("qwen3"), "gdn(conv=4)", conv=2).mixer == "gdn(conv=2)"
-    for wrong, word in (("gdn(cnv=4)", "did you mean 'conv'"), ("gdm", "did you mean 'gdn'"), ("gdn(conv=1)", "2 or more"), ("gdn(conv", "unknown")):
-        with pytest.raises(ValueError, match=word): morph(teacher("qwen3"), wrong)
+    assert mixer_spec("gdn", conv=torch.tensor(4)) == "gdn(conv=4)"
+
+
+WRONG = {
+    "gdn(cnv=4)": "no option 'cnv'; did you mean 'conv'", "gdm": "did you mean 'gdn'",
+    "gdn(conv": "unknown", "gdn(4)": "options are written like",
+    "gdn(conv=4, conv=5)": "each at most once", "gdn(conv=1)": "2 or more",
+    "gdn(conv=-3)": "2 or more", "gdn(conv=True)": "option conv of mixer 'gdn': expected an integer",
+    "gdn(rope=1)": "option rope of mixer 'gdn': expected true or false, got 1",
+    "gdn(rope='no')": "expected true or false, got 'no'",
+    "gdn(expand_kv='x')": "option expand_kv of mixer 'gdn': expected true or false",
+}
+
+
+@pytest.mark.parametrize("spec", list(WRONG))
+def test_wrong_options_are_refused_when_they_are_read(spec):
+    "By `morph`, and in the `config.json` of a hybrid (S7, S21)."
+    config = HybridConfig(teacher=teacher("qwen3").config, full_layers=[0]).to_dict()
+    for read in (lambda: morph(teacher("qwen3"), spec),
+                 lambda: HybridConfig.from_dict(config | {"mixer": spec})):
+        with pytest.raises(ValueError, match=re.escape(WRONG[spec])): read()
+
+
+@pytest.mark.parametrize("spec", ["lightning", "gla", "lightning(conv=2)"])
+def test_float16_does_not_overflow(spec):
+    "A constant part of the keys adds up over tokens, beyond the largest float16 (report 43)."
+    t = teacher("qwen2", num_hidden_layers=2, max_position_embeddings=1024)
+    with torch.no_grad():
+        for layer in t.model.layers:
+            attn = layer.self_attn
+            attn.k_proj.bias[4:] = 40.
+            attn.q_proj.bias[4:] = 4.
+            attn.v_proj.bias.normal_(0, 2)
+    h, (ids, _) = commit(morph(t, spec), []), tokens(T=700)
+    wide, half = logits(h, ids), logits(h.half(), ids).float()
+    assert half.isfinite().all()
+    assert (half - wide).abs().max() < 0.1 * wide.std()
 
 
 @pytest.fixture
