@@ -31,7 +31,6 @@ NOT_YET = {
     "nbs/50_measure.cost.ipynb",
     "nbs/60_choose.gates.ipynb",
     "nbs/61_choose.uniform.ipynb",
-    "nbs/78_show.report.ipynb",
     "nbs/80_run.recipe.ipynb",
     "nbs/82_run.convert.ipynb",
     "nbs/85_run.cli.ipynb",

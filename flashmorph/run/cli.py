@@ -129,7 +129,7 @@ def run_recipe(
     "Convert, and print the table of results."
     from flashmorph.run.convert import convert
     from flashmorph.run.recipe import load_recipe
-    from flashmorph.show.report import results_table
+    from flashmorph.show.table import results_table
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                   # of loading and saving; the bars of training stay
     with plain_errors(out):
