@@ -7,11 +7,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
+import torch
 from .folder import Run
 from .store import read_json, write_aside
 
 # %% auto #0
-__all__ = ['Facts', 'differences', 'would_be_again', 'Ledger', 'read_scores']
+__all__ = ['Facts', 'differences', 'would_be_again', 'Ledger', 'read_scores', 'check_finite']
 
 # %% ../nbs/05_ledger.ipynb #419d289f
 Facts = dict[str, Any]
@@ -74,3 +75,11 @@ def read_scores(run: Run) -> dict[str, dict[str, Any]]:
             stage = f"evaluate-{name}-{when}"
             found[stage] = {"evaluation": model[when], "seconds": taken.get(stage, 0.0)}
     return found
+
+# %% ../nbs/05_ledger.ipynb #34f0ba77
+def check_finite(what: str, numbers: Mapping[str, Any]) -> None:
+    "Raise `FloatingPointError` if a number or tensor is not finite."
+    bad = [name for name, x in numbers.items() if not bool(torch.as_tensor(x).isfinite().all())]
+    if bad:
+        raise FloatingPointError(f"{what}: {len(bad)} of {len(numbers)} are not finite ({bad[0]}, "
+                                 "...). Lower the lr of the stage before, in another run.")

@@ -8,7 +8,7 @@ import contextlib, io, json, shlex, signal, sys, threading
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -112,7 +112,6 @@ app = typer.Typer(
 
 @app.callback()
 def any_command() -> None:
-    # a character that the terminal lacks should not end a command of hours
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
 
@@ -155,14 +154,13 @@ def convert(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    mixer: Annotated[str | None, typer.Option(
-        help="Kind of linear attention (lightning, unless the run has another).")] = None,
+    mixer: Annotated[str | None, typer.Option(help="Kind of linear attention.")] = None,
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
 ) -> None:
     "The whole story on the bundled teacher: a table and a report at the end."
     shipped = Path(str(files("flashmorph") / "static" / "demo.toml"))
-    asked = [f"mixer={mixer}"] if mixer else []
-    run_recipe(None if resume else shipped, out, asked + (changes or []), resume, overwrite)
+    asked = [*([f"mixer={mixer}"] if mixer else []), *(changes or [])]
+    run_recipe(None if resume else shipped, out, asked, resume, overwrite)
 
 # %% ../../nbs/85_run.cli.ipynb #ef9973ff
 @app.command()
@@ -178,7 +176,6 @@ def select(
     from flashmorph.choose.uniform import uniform
     with plain_errors():
         gates = GateRun.load(run)
-        # one selection for each name
         methods = {"flashmorph": gates.select, "uniform": lambda k: uniform(gates.num_layers, k)}
         if method not in methods:
             raise ValueError(f"--method: unknown method {method!r}; {nearest(method, methods)}")
@@ -265,7 +262,7 @@ def bench_ops(
     ops: Annotated[str, typer.Option(help="Which, with commas between.")] = "lightning,gla,gdn",
     lengths: Annotated[str, typer.Option(help="Tokens, with commas between.")] = "512,4096,16384",
     batch: Count = 1, heads: Count = 4, dim: Count = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: Device = "cpu", repeats: Repeats = 7,
     peers: Annotated[bool, typer.Option(help="Others too, or our own forms only.")] = True,
     file: Json = None,
@@ -275,14 +272,10 @@ def bench_ops(
     from flashmorph.ops.bench import bench_lines, bench_ops as run_bench
     from flashmorph.run.bench import check_device
     with plain_errors():
-        # names become what the library takes
-        kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-        if dtype not in kinds:
-            raise ValueError(f"--dtype: unknown {dtype!r}; {nearest(dtype, kinds)}")
-        sizes = {"B": batch, "H": heads, "D": dim}
         result = run_bench(
-            ops.split(","), whole_numbers("--lengths", lengths), **sizes, dtype=kinds[dtype],
-            device=check_device(device), repeats=repeats, peers=peers, say=show_progress)
+            ops.split(","), whole_numbers("--lengths", lengths), B=batch, H=heads, D=dim,
+            dtype=getattr(torch, dtype), device=check_device(device), repeats=repeats, peers=peers,
+            say=show_progress)
         show_measured(result, bench_lines(result), file)
 
 # %% ../../nbs/85_run.cli.ipynb #b0c1a002

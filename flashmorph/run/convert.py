@@ -5,16 +5,15 @@
 # %% ../../nbs/82_run.convert.ipynb #f3d5d146
 from __future__ import annotations
 import json, shutil, time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-import torch
 from torch import nn
 from ..choose.gates import GateRun, train_gates
 from ..choose.uniform import uniform
 from ..folder import Run
-from ..ledger import Ledger, differences, read_scores
+from ..ledger import Ledger, check_finite, differences, read_scores
 from ..measure.cost import cost
 from ..measure.evaluate import evaluate
 from ..model.hybrid import HybridForCausalLM
@@ -25,7 +24,9 @@ from flashmorph.place import (
 from flashmorph.run.materials import (
     Materials, check_materials, recipe_facts, short_hash, stage_facts,
 )
-from .recipe import Recipe, load_recipe, save_recipe, with_absolute_paths
+from flashmorph.run.recipe import (
+    Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths,
+)
 from ..selection import Selection
 from ..show.report import write_report
 from ..store import read_json, write_aside
@@ -34,16 +35,8 @@ from ..train.distill import distill, finetune
 from ..train.fit import Callback
 
 # %% auto #0
-__all__ = ['check_finite', 'Conversion', 'measured', 'model_results', 'results_of', 'write_results', 'chosen', 'check_choice',
-           'search', 'repair', 'finish', 'finished_results', 'run_stages', 'start', 'adopt', 'go_on', 'convert']
-
-# %% ../../nbs/82_run.convert.ipynb #c55bcccc
-def check_finite(what: str, numbers: Mapping[str, Any]) -> None:
-    "Raise `FloatingPointError` if a number or tensor is not finite."
-    bad = [name for name, x in numbers.items() if not bool(torch.as_tensor(x).isfinite().all())]
-    if bad:
-        raise FloatingPointError(f"{what}: {len(bad)} of {len(numbers)} are not finite ({bad[0]}, "
-                                 "...). Lower the lr of the stage before, in another run.")
+__all__ = ['Conversion', 'measured', 'model_results', 'results_of', 'write_results', 'chosen', 'check_choice', 'search', 'repair',
+           'finish', 'finished_results', 'run_stages', 'start', 'adopt', 'go_on', 'convert']
 
 # %% ../../nbs/82_run.convert.ipynb #c6ee6a6b
 class Conversion:
@@ -92,11 +85,13 @@ def measured(work: Conversion, model: nn.Module, what: str) -> dict[str, Any]:
     check_finite(what, scores)
     return {"evaluation": scores, "seconds": time.perf_counter() - began}
 
+# %% ../../nbs/82_run.convert.ipynb #9989b5d0
 def model_results(work: Conversion, name: str, layers: Iterable[int]) -> dict[str, Any]:
     "The scores of one model so far, and what the model costs."
     materials = work.materials
     stages = {when: f"evaluate-{name}-{when}" for when in ("zero_shot", "distilled", "finetuned")}
-    scores = {when: work.scores[s]["evaluation"] for when, s in stages.items() if s in work.seconds}
+    known = work.scores.keys() & work.facts.keys()
+    scores = {when: work.scores[s]["evaluation"] for when, s in stages.items() if s in known}
     count = cost(materials.teacher.config, list(layers), context=work.recipe.passkeys.length,
                  mixer=work.recipe.mixer, dtype=materials.teacher.dtype)
     return {**scores, "parameters": count.parameters, "cache_bytes": count.cache_bytes}
@@ -107,12 +102,14 @@ def results_of(work: Conversion) -> dict[str, Any]:
     sets = {"teacher": list(range(materials.num_layers)), **work.sets}
     models = {name: model_results(work, name, layers) for name, layers in sets.items()}
     selection = Selection.load(work.run.folder)
+    # also what an earlier process has measured
+    taken = {s: work.scores[s]["seconds"] for s in work.facts if s in work.scores}
     return {
         "budget": materials.budget, "layers": work.sets["flashmorph"],
         "num_layers": materials.num_layers,
         "selection": {"budget": selection.budget, **asdict(selection)}, "selections": work.sets,
         "teacher": work.recipe.teacher, "mixer": work.recipe.mixer,
-        "context": work.recipe.passkeys.length, "seconds": work.seconds,
+        "context": work.recipe.passkeys.length, "seconds": {**work.seconds, **taken},
         "models": {name: found for name, found in models.items() if "zero_shot" in found},
     }
 
@@ -194,9 +191,7 @@ def finish(work: Conversion) -> dict[str, Any]:
     return results
 
 def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
-    """The results of a finished run; `None` if the run is not finished.
-
-    Raises `ValueError` for another recipe, and for a run that somebody took something from."""
+    "The results of a run, `None` if it is not finished. Raises `ValueError` for another recipe."
     marker = run.path("run.json")
     record = read_json(marker, "the marker of a run") if marker.exists() else {}
     if not record.get("finished"): return None
@@ -226,13 +221,12 @@ def run_stages(work: Conversion) -> dict[str, Any]:
         if name == "flashmorph": save_hybrid(hybrid, materials.tokenizer, work.run)
     return finish(work)
 
+# %% ../../nbs/82_run.convert.ipynb #a9420a1f
 def start(
     run: Run, recipe: Recipe, overwrite: bool, say: Callable[[str], None], options: dict[str, Any]
 ) -> dict[str, Any]:
     "Begin a run. All is checked first; an old run is moved aside then, and deleted last."
-    sources = [getattr(recipe, name).source for name in ("text", "passkeys", "evaluate")]
-    keep = [recipe.teacher]
-    for source in sources: keep += [source] if isinstance(source, str) else list(source)
+    keep = named_paths(recipe)
     check_place(run.folder, overwrite, keep)
     materials = Materials(recipe)
     check_materials(materials)

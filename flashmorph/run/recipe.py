@@ -25,7 +25,7 @@ from ..train.distill import DistillConfig, FinetuneConfig
 # %% auto #0
 __all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'Recipe', 'check_recipe', 'may_be_nothing', 'with_nothing',
            'recipe_from_dict', 'changed', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe', 'absolute',
-           'with_absolute_paths']
+           'named_paths', 'with_absolute_paths']
 
 # %% ../../nbs/80_run.recipe.ipynb #598d9114
 TABLES: dict[str, type[Settings]] = {
@@ -180,6 +180,13 @@ def absolute(name: str) -> str:
     path = os.path.expanduser(name)
     named = name in (BUNDLED, "stories")
     return name if named or not os.path.exists(path) else os.path.abspath(path)
+
+def named_paths(recipe: Recipe) -> list[str]:
+    "The names of teacher and texts, each perhaps a path."
+    names = [recipe.teacher]
+    for table in (recipe.text, recipe.passkeys, recipe.evaluate):
+        names += [table.source] if isinstance(table.source, str) else table.source
+    return names
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     "The recipe with the paths of its teacher and its texts from the root."
