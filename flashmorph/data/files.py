@@ -18,9 +18,9 @@ __all__ = ['LOADERS', 'FILE_KINDS', 'EXPECTED', 'HASHED', 'checked_name', 'Sourc
 
 # %% ../../nbs/21_data.files.ipynb #3c9df90b
 # names that `datasets` takes for a way to read all files of the working folder
-LOADERS = set("""arrow audiofolder cache conll csv eval fasta fastq generator genbank hdf5 iceberg
-    imagefolder json lance meshfolder mmcif niftifolder pandas parquet pdb pdffolder spark sql text
-    tsfile videofolder vortex webdataset xml""".split())
+LOADERS = set("""arrow audiofolder cache conll csv eval fasta fastq generator genbank harbor hdf5
+    iceberg imagefolder json lance meshfolder mmcif niftifolder pandas parquet pdb pdffolder spark
+    sql text tsfile videofolder vortex webdataset xml""".split())
 
 
 def checked_name(name: str) -> None:

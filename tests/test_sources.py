@@ -1,0 +1,284 @@
+"Where documents come from: names, paths, files, the hub, and what is held out of them."
+import gzip
+import json
+import os
+import random
+import warnings
+
+import datasets
+import pytest
+
+from flashmorph.data.files import LOADERS, SourceConfig, content_hash
+from flashmorph.data.sources import documents, is_held_out
+from flashmorph.data.stories import Stories
+
+TEXTS = [Stories(1)[i] for i in range(300)]
+
+
+def texts(*arguments, **options) -> list[str]:
+    "Everything that a source has, read once."
+    return [doc["text"] for doc in documents(*arguments, **options)]
+
+
+def write(path, docs, column="text"):
+    "A file of documents in the format of its suffix."
+    lines = "\n".join(json.dumps({column: doc, "n": 1}) for doc in docs)
+    if ".txt" in path.name.lower(): content = "\n".join(docs).encode()
+    else: content = lines.encode()
+    if path.suffix == ".gz": content = gzip.compress(content)
+    if path.suffix == ".parquet": datasets.Dataset.from_dict({column: docs}).to_parquet(str(path))
+    else: path.write_bytes(content)
+    return path
+
+
+# Paths
+
+@pytest.mark.parametrize("name", ["notes [1].txt", "a*b?.txt", "{a,b}.txt", "#1 ü.txt", "B.TXT"])
+@pytest.mark.parametrize("folder", ["plain", "[data] *"])
+def test_a_path_is_no_pattern(tmp_path, folder, name):
+    "29: brackets and stars are letters, in names of files and of folders."
+    (tmp_path / folder).mkdir()
+    path = write(tmp_path / folder / name, TEXTS[:3])
+    write(tmp_path / folder / "other.txt", ["not this"])
+    assert texts(path) == TEXTS[:3]
+    assert texts([str(path)]) == TEXTS[:3]
+
+
+def test_home_folder_and_relative_paths(tmp_path, monkeypatch):
+    "31: `~` is expanded, and a relative path is one of the working folder."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "corpus.txt", TEXTS[:2])
+    for source in ("~/corpus.txt", "corpus.txt", "./corpus.txt"): assert texts(source) == TEXTS[:2]
+
+
+@pytest.mark.parametrize("name", ["._a.jsonl", ".a.jsonl", ".DS_Store"])
+def test_hidden_files_of_a_folder_are_not_read(tmp_path, name):
+    "30: what a Mac or an editor puts there is no text."
+    write(tmp_path / "a.jsonl", TEXTS[:2])
+    (tmp_path / name).write_bytes(b'{"text": "a backup"}\n')
+    (tmp_path / "sub.txt").mkdir()
+    assert texts(tmp_path) == TEXTS[:2]
+
+
+def test_two_colons_are_refused(tmp_path):
+    "`datasets` would take them for an address and read nothing."
+    path = write(tmp_path / "a::b.txt", TEXTS[:2])
+    with pytest.raises(ValueError, match="'::'"): documents(path)
+
+
+# What is in a file
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.jsonl", "a.json", "a.parquet"])
+def test_formats(tmp_path, name):
+    "14: compressed files too."
+    path = tmp_path / name
+    if name == "a.json": path.write_text(json.dumps([{"text": text} for text in TEXTS[:5]]))
+    else: write(path, TEXTS[:5])
+    assert texts(path) == TEXTS[:5]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_byte_order_mark(tmp_path, name):
+    "53: a mark at the start of a text is no part of it."
+    path = write(tmp_path / name, ["\ufeffAnna went home.", "Boris \ufeffstayed."])
+    assert texts(path) == ["Anna went home.", "Boris \ufeffstayed."]
+
+
+def test_a_file_as_one_document(tmp_path):
+    "52: lines stay the default."
+    book = "Anna went home to\nthe river.\n\nThe castle."
+    path = tmp_path / "book.txt"
+    path.write_text(book)
+    assert texts(path, sample_by="document") == [book]
+    assert texts(path, sample_by="paragraph") == ["Anna went home to\nthe river.", "The castle."]
+    assert texts(path) == ["Anna went home to", "the river.", "The castle."]
+
+
+def test_odd_rows_are_reported_once(tmp_path):
+    "S21: NUL bytes, and a column that is in some lines only."
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a\0b"}, {"text": "c"}, {"other": 1}, {"text": None}, {"text": "d\0"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert texts(path) == ["a\0b", "c", "d\0"]
+    found = sorted(str(warning.message) for warning in caught)
+    assert len(found) == 2 and all("a.jsonl" in message for message in found)
+    assert "NUL bytes" in found[0] and "without text in column 'text'" in found[1]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\xff\xfeA\0n\0", "a.txt: .*codec can't decode"),
+    (gzip.compress(b"x"), "a.txt: .*codec can't decode"),
+])
+def test_what_is_no_text_names_the_file(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message): texts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("value", [3, ["a"], {"a": 1}])
+def test_values_that_are_no_text(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}))
+    with pytest.raises(ValueError, match="a.jsonl: expected text in column 'text', got"):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_broken_files_name_themselves(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    (tmp_path / "a.jsonl").write_text('{"text": ')
+    for name in ("a.parquet", "a.jsonl"):
+        with pytest.raises(ValueError, match=name) as caught: texts(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+# Names and settings
+
+@pytest.mark.parametrize("name", sorted(LOADERS))
+def test_names_of_loaders_are_no_text(name):
+    "S10: `datasets` would read every file below the working folder."
+    with pytest.raises(ValueError, match="a way to read files"): documents(name)
+
+
+def test_every_loader_is_known():
+    "A new version of `datasets` may bring more of them."
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+    assert set(_PACKAGED_DATASETS_MODULES) <= LOADERS
+
+
+@pytest.mark.parametrize("settings", [
+    {"split": "test"}, {"split": ""}, {"split": 0}, {"split": float("nan")}, {"split": [1, 2]},
+    {"split": True}, {"subset": ""}, {"subset": "en"}, {"subset": -1}, {"subset": {"a": 1}},
+])
+@pytest.mark.parametrize("source", ["stories", "a.txt"])
+def test_split_and_subset_mean_nothing_here(tmp_path, monkeypatch, source, settings):
+    "S9: a setting that would be ignored is refused."
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", TEXTS[:2])
+    with pytest.raises(ValueError, match="split|subset"): documents(source, **settings)
+
+
+@pytest.mark.parametrize("source", [3, -1, float("nan"), True, [], {}, None, b"abc", [1, 2], "",
+                                    "\0", "x" * 5000, "a b", "a/b/c", ["a/b", "c/d"]])
+def test_what_is_no_source(source):
+    with pytest.raises(ValueError) as caught: documents(source)
+    assert "\n" not in str(caught.value) and "source" in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/data", "./nowhere", "~/nowhere", "nowhere.txt"])
+def test_missing_paths(source):
+    with pytest.raises(ValueError, match="no such file"): documents(source)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A stand-in for the hub, which asks for a configuration; the calls it gets."
+    calls = []
+    really = datasets.load_dataset
+
+    def load(path, name=None, **options):
+        if path == "text": return really(path, name, **options)
+        calls.append((path, name, options["split"]))
+        if name is None: raise ValueError("Config name is missing.\nPlease pick one among 2")
+        return datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def test_hub_datasets(hub):
+    assert texts("owner/name", subset="en", split="validation") == TEXTS
+    assert hub == [("owner/name", "en", "validation")]
+    with pytest.raises(ValueError, match="owner/name.*Config name is missing") as caught:
+        documents("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    "50: `datasets` wants a folder; the error names the way out."
+    def load(*arguments, **options): raise FileNotFoundError(2, "No such file", "/proc/nowhere")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(OSError, match="Set HF_HOME"): documents(write(tmp_path / "a.txt", TEXTS[:1]))
+
+
+# Held-out documents
+
+def test_sides_are_apart_and_whole(tmp_path, hub):
+    "26: training reads what is not held out, evaluation the rest; for files and for the hub."
+    path = write(tmp_path / "a.txt", TEXTS)
+    for source in ((path, {}), ("owner/name", {"subset": "en"})):
+        kept = texts(source[0], held_out=False, **source[1])
+        held = texts(source[0], held_out=True, **source[1])
+        assert kept == [text for text in TEXTS if not is_held_out(text)]
+        assert held == [text for text in TEXTS if is_held_out(text)] != []
+
+
+def test_a_document_is_held_out_wherever_it_stands(tmp_path):
+    "In another file, in another order, and twice."
+    shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
+    one = write(tmp_path / "one.txt", TEXTS)
+    two = write(tmp_path / "two.jsonl", shuffled + shuffled[:99])
+    assert not set(texts(one, held_out=False)) & set(texts(two, held_out=True))
+
+
+def alike(count: int, side: bool) -> list[str]:
+    "Documents that are all on one side."
+    every = (f"Anna met {i} bakers." for i in range(100_000))
+    chosen = (text for text in every if is_held_out(text) == side)
+    return [next(chosen) for _ in range(count)]
+
+
+@pytest.mark.parametrize("side", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_nothing_is_held_out_of_a_small_source(tmp_path, side, count):
+    "Neither training nor evaluation is left without text, and evaluation warns."
+    docs = alike(count, side)
+    path = write(tmp_path / "a.txt", docs)
+    assert texts(path, held_out=False) == docs
+    with pytest.warns(UserWarning, match="a.txt: no document is held out"):
+        assert texts(path, held_out=True) == docs
+
+
+# Fingerprints
+
+def test_fingerprint_of_files(tmp_path):
+    "S3: it knows content and order; where a folder lies and when it was written do not matter."
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for i in range(3): write(tmp_path / name / f"{i}.txt", TEXTS[i * 5:i * 5 + 5])
+    os.utime(tmp_path / "two" / "0.txt", (0, 0))
+    known = documents(tmp_path / "one").fingerprint()
+    assert documents(tmp_path / "two").fingerprint() == known
+    stream = documents(tmp_path / "one")
+    next(iter(stream))
+    assert stream.fingerprint() == known
+
+    files = [tmp_path / "one" / f"{i}.txt" for i in range(3)]
+    found = {known, documents(files[::-1]).fingerprint(), documents(files[:2]).fingerprint(),
+             documents(files, sample_by="document").fingerprint(),
+             documents(files, held_out=True).fingerprint()}
+    write(files[1], ["new at the top", *TEXTS[5:10]])
+    found.add(documents(files).fingerprint())
+    assert len(found) == 6
+
+
+def test_content_hash_reads_ends_and_middle(tmp_path):
+    "Of a large file only pieces are read, but first, last and size always count."
+    path = tmp_path / "a.bin"
+    data = bytearray(random.Random(0).randbytes(10_000))
+    path.write_bytes(data)
+    known = content_hash(path, most=640)
+    for changed in (data[:-1], data + b"x", b"x" + data[1:], data[:-1] + b"\1"):
+        path.write_bytes(changed)
+        assert content_hash(path, most=640) != known
+
+
+def test_fingerprint_of_hub_and_stories(hub):
+    prints = [documents("owner/name", subset=subset, split=split).fingerprint()
+              for subset, split in (("en", "train"), ("de", "train"), ("en", "test"))]
+    prints += [documents(seed=seed).fingerprint() for seed in (0, 1)]
+    assert len(set(prints)) == 5
+
+
+def test_settings_are_plain_values(tmp_path):
+    "So that a recipe can be written: paths are strings, lists are tuples."
+    assert SourceConfig(source=[tmp_path, "b.txt"]).source == (str(tmp_path), "b.txt")
