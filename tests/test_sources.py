@@ -197,7 +197,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     "50: `datasets` wants a folder; the error names the way out."
     def load(*arguments, **options): raise FileNotFoundError(2, "No such file", "/proc/nowhere")
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(OSError, match="Set HF_HOME"): documents(write(tmp_path / "a.txt", TEXTS[:1]))
+    path = write(tmp_path / "a.txt", TEXTS[:1])
+    with pytest.raises(OSError, match="Set HF_HOME"): documents(path)
 
 
 # Held-out documents

@@ -58,6 +58,11 @@ class TextColumn:
             if text := self._text(row): yield text
         self.position = None
 
+    def load_position(self, position: Any) -> None:
+        "Go back to `position`; `ValueError` if it is none of this dataset."
+        check_position(self.name, position, self.dataset.state_dict())
+        self.position = position
+
     def _rows(self) -> Iterator[dict[str, Any]]:
         try: yield from self.dataset
         except OSError as e: raise OSError(f"{self.name}: {e}") from e
@@ -102,35 +107,38 @@ class Documents:
         self.held_out = held_out
         self.facts = facts
         self.everything = held_out is None
+        self.sides: set[bool] = set()            # the sides seen since the pass began
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         while True:
-            sides = set()
-            from_start = self.texts.position is None
             for text in self.texts:
                 side = is_held_out(text)
-                sides.add(side)
+                self.sides.add(side)
                 if self.everything or side == self.held_out: yield {"text": text}
-            if self.everything or not from_start or len(sides) != 1: return
+            sides, self.sides = self.sides, set()
+            if self.everything or len(sides) != 1: return
             # a whole pass on one side: nothing is held out
-            self.everything = True
             if self.held_out: self.texts.warn(NOTHING_HELD_OUT)
             if self.held_out in sides: return
+            self.everything = True
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.texts.dataset, "set_epoch"): self.texts.dataset.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"dataset": self.texts.position, "everything": self.everything}
+        known = {"everything": self.everything, "sides": sorted(self.sides)}
+        return {"dataset": self.texts.position, **known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # in the first edition, the position of the dataset alone
         if isinstance(state, dict) and "epoch" in state:
-            state = {"dataset": state, "everything": self.held_out is None}
+            known = {"everything": self.held_out is None, "sides": [False, True]}
+            state = {"dataset": state, **known}
         everything = state_value(state, "everything", bool)
-        check_position(self.texts.name, state.get("dataset"), self.texts.dataset.state_dict())
-        self.texts.position = state.get("dataset")
+        sides = {bool(side) for side in state_value(state, "sides", list)}
+        self.texts.load_position(state_value(state, "dataset", dict, type(None)))
         self.everything = everything
+        self.sides = sides
 
     def fingerprint(self) -> str:
         "A short hash of what the documents depend on."

@@ -90,13 +90,14 @@ def digest(*facts: Any) -> str:
     return blake2b(written, digest_size=8).hexdigest()
 
 
-def state_value(state: Any, key: str, kind: type = int) -> Any:
-    "`state[key]`, an integer >= 0 or of another `kind`. Raises `ValueError` for a damaged state."
-    value = state.get(key) if isinstance(state, dict) else None
-    if type(value) is not kind or (kind is int and value < 0):
-        raise ValueError(f"the saved position of a stream is damaged: {key!r} should be "
-                         f"{'an integer >= 0' if kind is int else kind.__name__}, and is {value!r}")
-    return value
+def state_value(state: Any, key: str, *kinds: type) -> Any:
+    "`state[key]`, of one of `kinds` (an integer >= 0 if none); `ValueError` for a damaged state."
+    known = kinds or (int,)
+    value = state.get(key, ...) if isinstance(state, dict) else ...
+    negative = type(value) is int and value < 0
+    if type(value) in known and not negative: return value
+    raise ValueError(f"the saved position of a stream is damaged: {key!r} should be "
+                     f"{' or '.join(kind.__name__ for kind in known)}, in {state!r:.200}")
 
 # %% ../../nbs/20_data.stories.ipynb #3d5606be
 class StoryDocuments:

@@ -106,8 +106,10 @@ class TokenBlocks:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         position = {"docs": state_value(state, "docs", dict), "epoch": state_value(state, "epoch")}
-        if "rest" in state: position["rest"] = state_value(state, "rest", list)
-        position["used"] = state_value(state, "used") if "used" in state else 0
+        if "rest" in state:                      # of the first edition, which knew no `used`
+            position["rest"] = state_value(state, "rest", list)
+            state = {"used": 0, **state}
+        position["used"] = state_value(state, "used")
         self.docs.load_state_dict(position["docs"])
         self.position = position
 
