@@ -1,4 +1,5 @@
 "Which decoders can be converted, and what a linear layer inside each of them does."
+
 import copy
 import re
 
@@ -14,19 +15,46 @@ from flashmorph.model.morph import morph
 from flashmorph.ops import reference
 
 family = pytest.mark.parametrize("name", list(FAMILIES))
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 UNSUPPORTED = {
     "bloom": dict(n_layer=2, n_head=4, hidden_size=32),
     "falcon": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32),
-    "gpt_neo": dict(num_layers=2, num_heads=4, hidden_size=32,
-                    attention_types=[[["global", "local"], 1]]),
-    "stablelm": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                     hidden_size=32, intermediate_size=48),
-    "nemotron": dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
-                     hidden_size=32, intermediate_size=48),
-    "opt": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, ffn_dim=48,
-                word_embed_proj_dim=32, max_position_embeddings=64),
+    "gpt_neo": dict(
+        num_layers=2, num_heads=4, hidden_size=32, attention_types=[[["global", "local"], 1]]
+    ),
+    "stablelm": dict(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        hidden_size=32,
+        intermediate_size=48,
+    ),
+    "nemotron": dict(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        hidden_size=32,
+        intermediate_size=48,
+    ),
+    "opt": dict(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_size=32,
+        ffn_dim=48,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    ),
     "falcon_h1": dict(SMALL, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16),
     "zaya": SMALL,
     "deepseek_v32": SMALL,
@@ -34,28 +62,43 @@ UNSUPPORTED = {
 }
 INTERFACE, KEYWORDS = "attention interface once", "keywords given to the model do not reach"
 SLOT = "keeps a past in the same slot of the cache"
-WHY = dict(bloom=INTERFACE, falcon=INTERFACE, gpt_neo=INTERFACE, stablelm=KEYWORDS,
-           nemotron=KEYWORDS, opt=KEYWORDS, falcon_h1=SLOT, zaya=SLOT, deepseek_v32=SLOT,
-           bert="looks ahead")
+WHY = dict(
+    bloom=INTERFACE,
+    falcon=INTERFACE,
+    gpt_neo=INTERFACE,
+    stablelm=KEYWORDS,
+    nemotron=KEYWORDS,
+    opt=KEYWORDS,
+    falcon_h1=SLOT,
+    zaya=SLOT,
+    deepseek_v32=SLOT,
+    bert="looks ahead",
+)
 
 
 def linear(name, **kw):
     "A host with every layer linear, made by hand."
     model = teacher(name, **kw)
     for path, attn in hosts.attention_modules(model):
-        model.set_submodule(path, shake(layers.linear_attention(attn, "lightning", model.config), 0.1))
+        model.set_submodule(
+            path, shake(layers.linear_attention(attn, "lightning", model.config), 0.1)
+        )
     layers.hand_mask_down(model)
     return model
 
 
-def test_the_list_is_what_is_tested(): assert sorted(FAMILIES) == list(hosts.supported_families())
+def test_the_list_is_what_is_tested():
+    assert sorted(FAMILIES) == list(hosts.supported_families())
 
 
 @family
 def test_supported(name):
     model = teacher(name).train()
     ids, mask = tokens(pad=4)
-    before, configs = copy.deepcopy(model.state_dict()), [m.config for _, m in hosts.attention_modules(model)]
+    before, configs = (
+        copy.deepcopy(model.state_dict()),
+        [m.config for _, m in hosts.attention_modules(model)],
+    )
     random = torch.get_rng_state()
     hosts.check_host(model)
     assert torch.equal(random, torch.get_rng_state()) and all(m.training for m in model.modules())
@@ -78,17 +121,20 @@ def test_unsupported(name):
 def test_a_model_that_hides_its_sizes_is_refused():
     model = teacher("llama")
     model.model.layers[2].self_attn.head_dim = 16
-    with pytest.raises(ValueError, match="cannot be converted"): hosts.check_host(model)
+    with pytest.raises(ValueError, match="cannot be converted"):
+        hosts.check_host(model)
     assert model.model.layers[0].self_attn.config._attn_implementation != "flashmorph_probe"
     model.model.layers[2].self_attn.num_key_value_groups = 8
-    with pytest.raises(ValueError, match="cannot be converted: the sizes"): hosts.check_host(model)
+    with pytest.raises(ValueError, match="cannot be converted: the sizes"):
+        hosts.check_host(model)
 
 
 def test_several_models_in_one_are_refused():
     model = teacher("llama")
     part = copy.copy(model.config)
     model.config.get_text_config = lambda *args, **kwargs: part
-    with pytest.raises(ValueError, match="made of several models"): hosts.check_host(model)
+    with pytest.raises(ValueError, match="made of several models"):
+        hosts.check_host(model)
 
 
 def test_one_search_hands_on_everything():
@@ -99,28 +145,49 @@ def test_one_search_hands_on_everything():
 
 
 def test_dims():
-    def dims(name, **kw): return hosts.mixer_dims(hosts.attention_modules(teacher(name, **kw))[2][1], teacher(name, **kw).config)
+    def dims(name, **kw):
+        return hosts.mixer_dims(
+            hosts.attention_modules(teacher(name, **kw))[2][1], teacher(name, **kw).config
+        )
+
     assert dims("qwen3-wide-heads") == MixerDims(32, 4, 2, 16, 16, 2, 4)
     assert dims("llama-one-kv-head") == MixerDims(32, 4, 1, 8, 8, 2, 4)
     assert dims("gpt2") == dims("gpt_neox") == MixerDims(32, 4, 4, 8, 8, 2, 4)
 
 
-@pytest.mark.parametrize("name", ["llama-bias", "qwen2", "qwen3-bias", "llama-one-kv-head", "gpt2", "phi3", "olmo2"])
+@pytest.mark.parametrize(
+    "name", ["llama-bias", "qwen2", "qwen3-bias", "llama-one-kv-head", "gpt2", "phi3", "olmo2"]
+)
 def test_only_the_softmax_is_replaced(name):
-    """An independent way to the same layer: the *teacher's* module, with softmax replaced by a function of our own that uses the plain recurrence
-    head by head. Everything else (biases, norms, rotary, output projection) is the teacher's code."""
+    """An independent way to the same layer: the *teacher's* module, whose softmax is replaced by a
+    function of our own that uses the plain recurrence head by head. Everything else (biases, norms,
+    rotary embedding, output projection) is the teacher's code."""
     model, (ids, _) = teacher(name), tokens()
     seen = {}
-    def note(module, args, kwargs, output): seen[module.layer_idx] = (args, kwargs)
-    for _, attn in hosts.attention_modules(model): attn.register_forward_hook(note, with_kwargs=True)
-    with torch.no_grad(): model(ids, use_cache=False)
+
+    def note(module, args, kwargs, output):
+        seen[module.layer_idx] = (args, kwargs)
+
+    for _, attn in hosts.attention_modules(model):
+        attn.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(ids, use_cache=False)
 
     def by_hand(module, query, key, value, mask, scaling=None, **kwargs):
         n = query.shape[1]
-        g = torch.tensor([-2. ** (-8 * h / n) for h in range(1, n + 1)])
-        o = [reference.lightning(*(x[:, h // (n // x.shape[1]), :, None] for x in (query, key, value)), g[h:h + 1], scale=scaling)[0] for h in range(n)]
+        g = torch.tensor([-(2.0 ** (-8 * h / n)) for h in range(1, n + 1)])
+        o = [
+            reference.lightning(
+                *(x[:, h // (n // x.shape[1]), :, None] for x in (query, key, value)),
+                g[h : h + 1],
+                scale=scaling,
+            )[0]
+            for h in range(n)
+        ]
         o = torch.cat(o, 2).flatten(2)
-        return (o / (o.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).view(*o.shape[:2], n, -1), None       # gate neutral, norm weight 1
+        return (o / (o.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).view(
+            *o.shape[:2], n, -1
+        ), None  # gate neutral, norm weight 1
 
     layers.AttentionInterface.register("by_hand", by_hand)
     for _, attn in hosts.attention_modules(model):
@@ -128,7 +195,8 @@ def test_only_the_softmax_is_replaced(name):
         twin = layers.linear_attention(copy.deepcopy(attn), "lightning", model.config)
         attn.config = copy.copy(attn.config)
         attn.config._attn_implementation = "by_hand"
-        with torch.no_grad(): close(twin(*args, **kwargs, linear_mask=None)[0], attn(*args, **kwargs)[0], 1e-4)
+        with torch.no_grad():
+            close(twin(*args, **kwargs, linear_mask=None)[0], attn(*args, **kwargs)[0], 1e-4)
 
 
 @family
@@ -140,19 +208,38 @@ def test_padding_and_chunked_prefill(name):
         one = model(ids, attention_mask=mask, position_ids=positions).logits
         close(one[:1, 8:], model(ids[:1, 8:]).logits, 2e-4)
         cache, parts = DynamicCache(), []
-        for a, b in ((0, 5), (5, 14), (14, 15), (15, 21)):                                  # the padding crosses the first cut
-            parts.append(model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True).logits)
+        for a, b in ((0, 5), (5, 14), (14, 15), (15, 21)):  # the padding crosses the first cut
+            parts.append(
+                model(
+                    ids[:, a:b],
+                    attention_mask=mask[:, :b],
+                    position_ids=positions[:, a:b],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+            )
     close(one[mask.bool()], torch.cat(parts, 1)[mask.bool()], 2e-4)
-    assert [type(slot) for slot in cache.layers] == [StateLayer] * 4 and cache.get_seq_length() == 21
+    assert [type(slot) for slot in cache.layers] == [
+        StateLayer
+    ] * 4 and cache.get_seq_length() == 21
 
 
-@pytest.mark.parametrize("name,kw,scale", [("gemma2", dict(query_pre_attn_scalar=32), 32 ** -0.5), ("qwen3", {}, 8 ** -0.5),
-                                           ("qwen3-wide-heads", {}, 16 ** -0.5)])
+@pytest.mark.parametrize(
+    "name,kw,scale",
+    [
+        ("gemma2", dict(query_pre_attn_scalar=32), 32**-0.5),
+        ("qwen3", {}, 8**-0.5),
+        ("qwen3-wide-heads", {}, 16**-0.5),
+    ],
+)
 def test_the_scale_is_the_teachers(name, kw, scale):
     "Seen at the mixer: its output norm hides a common factor from everything after it."
     model, scales = linear(name, **kw), []
     for module in model.modules():
-        if isinstance(module, Lightning): module.register_forward_pre_hook(lambda m, args, kwargs: scales.append(kwargs["scale"]), with_kwargs=True)
+        if isinstance(module, Lightning):
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs: scales.append(kwargs["scale"]), with_kwargs=True
+            )
     model(tokens()[0])
     assert scales == pytest.approx([scale] * 4)
 
@@ -161,7 +248,9 @@ def test_padding_after_real_tokens_leaves_no_trace():
     "Padding that comes when there is a state already: it must not decay."
     mixer = shake(make_mixer("lightning", MixerDims(20, 4, 2, 6, 8)), 0.3)
     x = [torch.randn(2, 90, *shape) for shape in ((4, 6), (2, 6), (2, 8), (20,))]
-    mask = torch.ones(2, 90); mask[:, 30:50] = 0; mask[:, 80:] = 0
+    mask = torch.ones(2, 90)
+    mask[:, 30:50] = 0
+    mask[:, 80:] = 0
     keep = mask[0].bool()
     with torch.no_grad():
         o, state = mixer(*x, scale=0.3, mask=mask)
@@ -169,8 +258,10 @@ def test_padding_after_real_tokens_leaves_no_trace():
         close(o[:, keep], expected, 1e-4)
         close(state, end, 1e-4)
         state = None
-        for t in range(90):                                                                  # the same token by token
-            o, state = mixer(*(y[:, t:t + 1] for y in x), scale=0.3, mask=mask[:, t:t + 1], state=state)
+        for t in range(90):  # the same token by token
+            o, state = mixer(
+                *(y[:, t : t + 1] for y in x), scale=0.3, mask=mask[:, t : t + 1], state=state
+            )
         close(state, end, 1e-4)
 
 
@@ -178,14 +269,20 @@ def test_mask_reaches_direct_calls_of_the_decoder():
     model, (ids, mask) = linear("qwen3"), tokens(pad=5)
     with torch.no_grad():
         through = model(ids, attention_mask=mask).logits
-        close(model.lm_head(model.model(ids, mask).last_hidden_state), through)             # positional mask
-        close(model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask.bool()).logits, through)
+        close(model.lm_head(model.model(ids, mask).last_hidden_state), through)  # positional mask
+        close(
+            model(
+                inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask.bool()
+            ).logits,
+            through,
+        )
         assert (model(ids).logits - through).abs().max() > 1e-3
 
 
 def test_hook_is_set_once():
     model = linear("llama")
-    for _ in range(3): layers.hand_mask_down(model)
+    for _ in range(3):
+        layers.hand_mask_down(model)
     assert len(model.base_model._forward_pre_hooks) == 1
     assert len(copy.deepcopy(model).base_model._forward_pre_hooks) == 1
     model(tokens()[0])
@@ -194,21 +291,37 @@ def test_hook_is_set_once():
 def test_refused_inputs():
     model, ids = linear("qwen3"), tokens(B=1)[0]
     packed = torch.cat([torch.arange(10), torch.arange(13)])[None]
-    with pytest.raises(ValueError, match="packed"): model(ids, position_ids=packed, use_cache=False)
-    with pytest.raises(ValueError, match="packed"): model(ids, cu_seq_lens_q=torch.tensor([0, 10, 23]), use_cache=False)
-    with pytest.raises(ValueError, match=r"\(B, T\) tensor"): model(ids, attention_mask=torch.ones(1, 1, 23, 23))
-    with pytest.raises(TypeError, match="linear_mask"): model.model.layers[0].self_attn(torch.randn(1, 3, 32), position_embeddings=None)
+    with pytest.raises(ValueError, match="packed"):
+        model(ids, position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match="packed"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 10, 23]), use_cache=False)
+    with pytest.raises(ValueError, match=r"\(B, T\) tensor"):
+        model(ids, attention_mask=torch.ones(1, 1, 23, 23))
+    with pytest.raises(TypeError, match="linear_mask"):
+        model.model.layers[0].self_attn(torch.randn(1, 3, 32), position_embeddings=None)
     cache = teacher("qwen3")(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="holds keys and values"): model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds keys and values"):
+        model(ids[:, :1], past_key_values=cache)
 
 
 def test_backward_through_a_cache():
     "Two cached passes, one backward: the states are part of the graph."
     model, (ids, _) = linear("llama"), tokens()
-    whole = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), model.model.layers[0].self_attn.attn.k_proj.weight)[0]
+    whole = torch.autograd.grad(
+        model(ids, use_cache=False).logits.square().mean(),
+        model.model.layers[0].self_attn.attn.k_proj.weight,
+    )[0]
     cache = DynamicCache()
-    parts = torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 10), (10, 23))], 1)
-    close(torch.autograd.grad(parts.square().mean(), model.model.layers[0].self_attn.attn.k_proj.weight)[0], whole, 1e-4)
+    parts = torch.cat(
+        [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 10), (10, 23))], 1
+    )
+    close(
+        torch.autograd.grad(
+            parts.square().mean(), model.model.layers[0].self_attn.attn.k_proj.weight
+        )[0],
+        whole,
+        1e-4,
+    )
 
 
 def test_slot():
@@ -218,10 +331,16 @@ def test_slot():
     state = torch.randn(2, 4, 8, 8)
     slot.store(state, 5)
     slot.batch_select_indices(torch.tensor([1]))
-    assert torch.equal(slot.state, state[1:]) and slot.get_mask_sizes(3) == (8, 0) and not slot.is_croppable
+    assert (
+        torch.equal(slot.state, state[1:])
+        and slot.get_mask_sizes(3) == (8, 0)
+        and not slot.is_croppable
+    )
     slot.crop(0)
-    with pytest.raises(NotImplementedError, match="rolled back"): slot.crop(-2)
-    with pytest.raises(RuntimeError, match="no keys and values"): slot.update(state, state)
+    with pytest.raises(NotImplementedError, match="rolled back"):
+        slot.crop(-2)
+    with pytest.raises(RuntimeError, match="no keys and values"):
+        slot.update(state, state)
     slot.reset()
     assert slot.get_seq_length() == 0 and not slot.state.any()
 
@@ -229,6 +348,6 @@ def test_slot():
 def test_half_precision_branch_follows_the_teacher():
     model = teacher("qwen3").bfloat16()
     layer = layers.linear_attention(hosts.attention_modules(model)[0][1], "lightning", model.config)
-    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16} and isinstance(layer.mixer, Lightning)
-
-
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16} and isinstance(
+        layer.mixer, Lightning
+    )

@@ -1,4 +1,5 @@
 "The committed model: its configuration, files, caches, and everything `generate` asks of it."
+
 import copy
 import json
 import re
@@ -24,7 +25,8 @@ GREEDY = dict(do_sample=False, eos_token_id=None)
 
 
 def logits(model, ids, mask=None):
-    with torch.no_grad(): return model(ids, attention_mask=mask, use_cache=False).logits
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, use_cache=False).logits
 
 
 def same_generation(model, ids, tol=2e-4, **kw):
@@ -42,7 +44,10 @@ def test_identity_with_all_layers(name):
     h = commit(morph(t), range(4))
     ids, mask = tokens(pad=5)
     assert torch.equal(logits(h, ids, mask), logits(t, ids, mask))
-    assert torch.equal(h.generate(ids, attention_mask=mask, max_new_tokens=6, **GREEDY), t.generate(ids, attention_mask=mask, max_new_tokens=6, **GREEDY))
+    assert torch.equal(
+        h.generate(ids, attention_mask=mask, max_new_tokens=6, **GREEDY),
+        t.generate(ids, attention_mask=mask, max_new_tokens=6, **GREEDY),
+    )
 
 
 @family
@@ -52,8 +57,12 @@ def test_generate(name):
     slots = find_cache(out).layers
     assert [isinstance(slot, StateLayer) for slot in slots] == [True, False, True, False]
     assert {slots[i].state.dtype for i in (0, 2)} == {torch.float32}
-    alone = h.generate(ids[:1, 4:], max_new_tokens=16, return_dict_in_generate=True, output_logits=True, **GREEDY)
-    close(torch.stack(out.logits)[:, :1], torch.stack(alone.logits), 5e-4)                  # left-padded in a batch == alone
+    alone = h.generate(
+        ids[:1, 4:], max_new_tokens=16, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
+    close(
+        torch.stack(out.logits)[:, :1], torch.stack(alone.logits), 5e-4
+    )  # left-padded in a batch == alone
 
 
 @family
@@ -61,22 +70,36 @@ def test_generate_all_linear(name):
     h, (ids, mask) = hybrid(name, full=()), tokens(T=11, pad=4)
     out = same_generation(h, ids, attention_mask=mask)
     assert find_cache(out).get_seq_length() == 26
-    assert sum(slot.state.numel() for slot in find_cache(out).layers) == 4 * 2 * 4 * 8 * 8      # does not grow
+    assert (
+        sum(slot.state.numel() for slot in find_cache(out).layers) == 4 * 2 * 4 * 8 * 8
+    )  # does not grow
 
 
 @family
 def test_beams_and_other_ways_to_generate(name):
     h, (ids, mask) = hybrid(name), tokens(T=9, pad=3)
     kw = dict(attention_mask=mask, max_new_tokens=8, **GREEDY)
-    beams = dict(num_beams=3, num_return_sequences=2, return_dict_in_generate=True, output_scores=True)
-    a, b = h.generate(ids, use_cache=True, **kw, **beams), h.generate(ids, use_cache=False, **kw, **beams)
+    beams = dict(
+        num_beams=3, num_return_sequences=2, return_dict_in_generate=True, output_scores=True
+    )
+    a, b = (
+        h.generate(ids, use_cache=True, **kw, **beams),
+        h.generate(ids, use_cache=False, **kw, **beams),
+    )
     assert torch.equal(a.sequences, b.sequences)
     close(a.sequences_scores, b.sequences_scores, 1e-4)
     plain = h.generate(ids, **kw)
     assert torch.equal(plain, h.generate(ids, prefill_chunk_size=4, **kw))
     assert torch.equal(plain, h.generate(ids, past_key_values=DynamicCache(), **kw))
     assert torch.equal(plain, h.generate(ids, past_key_values=DynamicCache(config=h.config), **kw))
-    assert h.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=True, num_return_sequences=3, eos_token_id=None).shape == (6, 13)
+    assert h.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=4,
+        do_sample=True,
+        num_return_sequences=3,
+        eos_token_id=None,
+    ).shape == (6, 13)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "mistral", "gemma3_text"])
@@ -84,8 +107,11 @@ def test_static_cache(name):
     h, (ids, mask) = hybrid(name), tokens(T=9, pad=3)
     kw = dict(attention_mask=mask, max_new_tokens=8, **GREEDY)
     assert torch.equal(h.generate(ids, **kw), h.generate(ids, cache_implementation="static", **kw))
-    every = hybrid(name, full=range(4))                                                      # here transformers makes masks ahead of time
-    assert torch.equal(every.generate(ids, **kw), every.generate(ids, cache_implementation="static", disable_compile=True, **kw))
+    every = hybrid(name, full=range(4))  # here transformers makes masks ahead of time
+    assert torch.equal(
+        every.generate(ids, **kw),
+        every.generate(ids, cache_implementation="static", disable_compile=True, **kw),
+    )
 
 
 @family
@@ -95,8 +121,16 @@ def test_chunked_prefill(name):
     with torch.no_grad():
         one = h(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         for cache in (DynamicCache(config=h.config), DynamicCache()):
-            parts = [h(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache, use_cache=True).logits
-                     for a, b in ((0, 5), (5, 14), (14, 15), (15, 21))]
+            parts = [
+                h(
+                    ids[:, a:b],
+                    attention_mask=mask[:, :b],
+                    position_ids=positions[:, a:b],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+                for a, b in ((0, 5), (5, 14), (14, 15), (15, 21))
+            ]
             close(torch.cat(parts, 1)[mask.bool()], one[mask.bool()], 2e-4)
 
 
@@ -106,7 +140,12 @@ def test_reading_in_two_parts(full):
     h, (ids, _) = hybrid("llama", full=full), tokens()
     with torch.no_grad():
         whole = h(ids, use_cache=False).logits
-        for cache in (None, DynamicCache(), DynamicCache(config=h.config), DynamicCache(config=h.host.config)):
+        for cache in (
+            None,
+            DynamicCache(),
+            DynamicCache(config=h.config),
+            DynamicCache(config=h.host.config),
+        ):
             first = h(ids[:, :12], past_key_values=cache, use_cache=True)
             second = h(ids[:, 12:], past_key_values=find_cache(first))
             close(torch.cat([first.logits, second.logits], 1), whole, 1e-4)
@@ -119,11 +158,21 @@ def test_round_trip(name, tmp_path):
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(again) is HybridForCausalLM and not again.training and not any(info.values())
     assert torch.equal(logits(again, ids, mask), logits(h, ids, mask))
-    assert {n: x.shape for n, x in again.state_dict().items()} == {n: x.shape for n, x in h.state_dict().items()}
+    assert {n: x.shape for n, x in again.state_dict().items()} == {
+        n: x.shape for n, x in h.state_dict().items()
+    }
     assert not any(b.is_meta for b in again.buffers())
-    def clean(config): return {name: x for name, x in config.to_dict().items() if name != "_name_or_path"}
-    assert clean(again.config) == clean(h.config) and isinstance(AutoConfig.from_pretrained(tmp_path), HybridConfig)
-    tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (teacher(name), h, again)]
+
+    def clean(config):
+        return {name: x for name, x in config.to_dict().items() if name != "_name_or_path"}
+
+    assert clean(again.config) == clean(h.config) and isinstance(
+        AutoConfig.from_pretrained(tmp_path), HybridConfig
+    )
+    tied = [
+        m.get_input_embeddings().weight is m.get_output_embeddings().weight
+        for m in (teacher(name), h, again)
+    ]
     assert len(set(tied)) == 1
     names = set(load_file(tmp_path / "model.safetensors"))
     assert not any("alpha" in n or ".linear." in n or ".full." in n for n in names)
@@ -136,34 +185,51 @@ def test_round_trip(name, tmp_path):
 def test_fresh_process(tmp_path):
     h, (ids, mask) = hybrid("qwen3"), tokens(T=9, pad=3)
     h.save_pretrained(tmp_path)
-    torch.save((ids, mask, logits(h, ids, mask), h.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY)), tmp_path / "expected.pt")
+    torch.save(
+        (
+            ids,
+            mask,
+            logits(h, ids, mask),
+            h.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY),
+        ),
+        tmp_path / "expected.pt",
+    )
     program = """if True:
         import sys, torch, flashmorph.model.hybrid
         from transformers import AutoModelForCausalLM
         ids, mask, logits, tokens = torch.load(sys.argv[1] + "/expected.pt")
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        with torch.no_grad(): assert torch.equal(model(ids, attention_mask=mask, use_cache=False).logits, logits)
+        with torch.no_grad(): out = model(ids, attention_mask=mask, use_cache=False)
+        assert torch.equal(out.logits, logits)
         for use_cache in (True, False):
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, use_cache=use_cache)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False,
+                                 eos_token_id=None, use_cache=use_cache)
             assert torch.equal(out, tokens)"""
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("change,word", [
-    (lambda w: w.pop("host.model.layers.2.self_attn.attn.q_proj.weight"), "missing.*q_proj"),
-    (lambda w: w.pop("host.model.layers.0.self_attn.mixer.norm.weight"), "missing.*mixer.norm"),
-    (lambda w: w.pop("host.model.layers.0.mlp.up_proj.weight"), "missing.*up_proj"),
-    (lambda w: w.update(more=torch.ones(1)), "unexpected.*more"),
-    (lambda w: w.update({"host.model.norm.weight": torch.ones(3)}), ""),
-])
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        (lambda w: w.pop("host.model.layers.2.self_attn.attn.q_proj.weight"), "missing.*q_proj"),
+        (lambda w: w.pop("host.model.layers.0.self_attn.mixer.norm.weight"), "missing.*mixer.norm"),
+        (lambda w: w.pop("host.model.layers.0.mlp.up_proj.weight"), "missing.*up_proj"),
+        (lambda w: w.update(more=torch.ones(1)), "unexpected.*more"),
+        (lambda w: w.update({"host.model.norm.weight": torch.ones(3)}), "mismatched"),
+    ],
+)
 def test_strict_loading(tmp_path, change, word):
     hybrid("qwen3").save_pretrained(tmp_path)
     weights = load_file(file := tmp_path / "model.safetensors")
     change(weights)
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(RuntimeError, match=word): AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=word): HybridForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=word):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=word):
+        HybridForCausalLM.from_pretrained(tmp_path)
 
 
 def test_truncated_file(tmp_path):
@@ -171,10 +237,12 @@ def test_truncated_file(tmp_path):
     file = tmp_path / "model.safetensors"
     for keep in (0, 100, 20000):
         (tmp_path / "model.safetensors").write_bytes(file.read_bytes()[:keep])
-        with pytest.raises(RuntimeError, match="cut off"): AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match="cut off"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
         hybrid("qwen3").save_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(OSError, match="safetensors"): AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_wrong_layers_in_the_configuration(tmp_path):
@@ -183,11 +251,14 @@ def test_wrong_layers_in_the_configuration(tmp_path):
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "full_layers": [2]}))
-    with pytest.raises(RuntimeError, match="does not fit"): AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     file.write_text(json.dumps({**config, "full_layers": [4]}))
-    with pytest.raises(ValueError, match="out of range"): AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="out of range"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     file.write_text(json.dumps({**config, "mixer": "lightnin"}))
-    with pytest.raises(ValueError, match="did you mean 'lightning'"): AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'lightning'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "gpt2"])
@@ -195,10 +266,14 @@ def test_bfloat16(name, tmp_path):
     h, (ids, mask) = hybrid(name), tokens(T=9, pad=3)
     h.save_pretrained(tmp_path)
     low = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16} and low.dtype == low.host.dtype == torch.bfloat16
+    assert {p.dtype for p in low.parameters()} == {
+        torch.bfloat16
+    } and low.dtype == low.host.dtype == torch.bfloat16
     a, b = logits(low, ids, mask)[mask.bool()].float(), logits(h, ids, mask)[mask.bool()]
     assert ((a - b).norm() / b.norm()) < 0.1
-    out = low.generate(ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
+    out = low.generate(
+        ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True, **GREEDY
+    )
     assert find_cache(out).layers[0].state.dtype == torch.float32
     low.save_pretrained(tmp_path / "low")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "low").dtype == torch.bfloat16
@@ -207,18 +282,31 @@ def test_bfloat16(name, tmp_path):
 def test_commit_from_bfloat16():
     t = teacher("qwen3").bfloat16()
     h = commit(morph(t), [0])
-    assert h.dtype == torch.bfloat16 and h.config.dtype == torch.bfloat16 and logits(h, *tokens(pad=2)).isfinite().all()
+    assert (
+        h.dtype == torch.bfloat16
+        and h.config.dtype == torch.bfloat16
+        and logits(h, *tokens(pad=2)).isfinite().all()
+    )
 
 
 def test_commit_copies():
     model, (ids, mask) = morphed("qwen3"), tokens(pad=3)
     t, before = teacher("qwen3"), logits(model, ids, mask)
     h = model.commit(types.SimpleNamespace(layers=[3, 1]))
-    assert h.config.full_layers == [1, 3] and not h.training and all(p.requires_grad for p in h.parameters())
+    assert (
+        h.config.full_layers == [1, 3]
+        and not h.training
+        and all(p.requires_grad for p in h.parameters())
+    )
     assert not {p.data_ptr() for p in h.parameters()} & {p.data_ptr() for p in model.parameters()}
-    assert h.host.model.layers[1].self_attn.config is h.host.config and h.config.teacher is not model.config
-    shake(h, 1.)
-    assert torch.equal(logits(model, ids, mask), before) and torch.equal(before, logits(t, ids, mask))
+    assert (
+        h.host.model.layers[1].self_attn.config is h.host.config
+        and h.config.teacher is not model.config
+    )
+    shake(h, 1.0)
+    assert torch.equal(logits(model, ids, mask), before) and torch.equal(
+        before, logits(t, ids, mask)
+    )
     kept = {id(x) for m in copy.deepcopy(h).modules() for x in m.parameters(recurse=False)}
     assert len(kept) == len(list(h.parameters()))
 
@@ -230,12 +318,18 @@ def test_weights_survive_construction(name):
     h = commit(model, [1])
     for layer in model.layers:
         branch = layer.full if layer.layer_idx == 1 else layer.linear
-        twin = next(m for m in h.host.modules() if type(m) is type(branch) and m.layer_idx == layer.layer_idx)
-        assert all(torch.equal(a, b) for a, b in zip(branch.parameters(), twin.parameters(), strict=True))
+        twin = next(
+            m
+            for m in h.host.modules()
+            if type(m) is type(branch) and m.layer_idx == layer.layer_idx
+        )
+        assert all(
+            torch.equal(a, b) for a, b in zip(branch.parameters(), twin.parameters(), strict=True)
+        )
 
 
 def test_a_part_that_transformers_did_not_make():
-    "A teacher whose user put a head of their own in: nothing marks it as initialised, and it must come through all the same."
+    "A head that the user put in has no mark of being initialised, and must come through too."
     t, (ids, mask) = teacher("qwen3-untied"), tokens(pad=3)
     t.lm_head = torch.nn.Linear(32, 97)
     assert torch.equal(logits(commit(morph(t), range(4)), ids, mask), logits(t, ids, mask))
@@ -244,28 +338,37 @@ def test_a_part_that_transformers_did_not_make():
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
 def test_random_model_from_a_configuration(name):
     "`from_config` gives a neutral mixer whatever the host does to weights it does not know."
-    h = AutoModelForCausalLM.from_config(HybridConfig(teacher=teacher(name).config, full_layers=[2]))
+    h = AutoModelForCausalLM.from_config(
+        HybridConfig(teacher=teacher(name).config, full_layers=[2])
+    )
     mixers = [m for m in h.modules() if type(m).__name__ == "GatedNorm"]
-    assert len(mixers) == 3 and all(bool((m.weight == 1).all()) and not m.gate.weight.any() for m in mixers)
+    assert len(mixers) == 3 and all(
+        bool((m.weight == 1).all()) and not m.gate.weight.any() for m in mixers
+    )
 
 
 @family
 def test_gradient_checkpointing(name):
     h, (ids, mask) = hybrid(name).train(), tokens(pad=4)
     for m in h.modules():
-        if isinstance(m, torch.nn.Dropout): m.p = 0.
-        if isinstance(getattr(m, "attention_dropout", None), float): m.attention_dropout = 0.
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+        if isinstance(getattr(m, "attention_dropout", None), float):
+            m.attention_dropout = 0.0
+
     def grads():
         h.zero_grad()
         h(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         return {n: p.grad.clone() for n, p in h.named_parameters() if p.grad is not None}
+
     a = grads()
     unused = {n for n, p in h.named_parameters() if n not in a or not a[n].any()}
     assert not {n for n in unused if "expert" not in n and "embed" not in n}, unused
     h.gradient_checkpointing_enable()
     b = grads()
     assert a.keys() == b.keys()
-    for n in a: close(a[n], b[n], 1e-4)
+    for n in a:
+        close(a[n], b[n], 1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3_text", "gpt_neox"])
@@ -276,46 +379,79 @@ def test_set_attn_implementation(name):
         h.set_attn_implementation(kind)
         assert h.host.config._attn_implementation == h.config._attn_implementation == kind
         close(logits(h, ids, mask)[mask.bool()], expected, 1e-4)
-    with pytest.raises((ValueError, ImportError)): h.set_attn_implementation("flash_attention_7")
+    with pytest.raises((ValueError, ImportError)):
+        h.set_attn_implementation("flash_attention_7")
 
 
 def test_attn_implementation_on_loading(tmp_path):
     hybrid("qwen3").save_pretrained(tmp_path)
     h = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert h.host.config._attn_implementation == "eager"
-    assert [getattr(layer.self_attn, "attn", layer.self_attn).config._attn_implementation for layer in h.host.model.layers] == ["flashmorph", "eager"] * 2
+    assert [
+        getattr(layer.self_attn, "attn", layer.self_attn).config._attn_implementation
+        for layer in h.host.model.layers
+    ] == ["flashmorph", "eager"] * 2
 
 
 def test_what_cannot_be():
     h, (ids, _) = hybrid("qwen3"), tokens(B=1)
     for kw in (dict(assistant_model=teacher("qwen3")), dict(prompt_lookup_num_tokens=3)):
-        with pytest.raises(ValueError, match="stateful"): h.generate(ids, max_new_tokens=4, **kw)
+        with pytest.raises(ValueError, match="stateful"):
+            h.generate(ids, max_new_tokens=4, **kw)
     with pytest.raises(NotImplementedError, match="rolled back"):
         teacher("qwen3").generate(ids, assistant_model=h, max_new_tokens=30, do_sample=False)
     cache = find_cache(h(ids, use_cache=True))
-    with pytest.raises(NotImplementedError, match="rolled back"): cache.crop(-1)
+    with pytest.raises(NotImplementedError, match="rolled back"):
+        cache.crop(-1)
     for size in (100, 97):
-        with pytest.raises(ValueError, match="cannot be resized"): h.resize_token_embeddings(size)
+        with pytest.raises(ValueError, match="cannot be resized"):
+            h.resize_token_embeddings(size)
     assert h.resize_token_embeddings() is h.get_input_embeddings()
     with pytest.raises(ValueError, match="packed"):
         h(ids, position_ids=torch.cat([torch.arange(10), torch.arange(13)])[None], use_cache=False)
 
 
 def test_layers():
-    assert check_layers({2, 0}, 4) == [0, 2] and check_layers(range(4), 4) == [0, 1, 2, 3] and check_layers(torch.tensor([3]), 4) == [3]
+    assert (
+        check_layers({2, 0}, 4) == [0, 2]
+        and check_layers(range(4), 4) == [0, 1, 2, 3]
+        and check_layers(torch.tensor([3]), 4) == [3]
+    )
     model = morphed("qwen3")
-    for wrong, word in (([4], "out of range.*0 to 3"), ([-1], "out of range"), ([1, 1], r"\[1\] are listed more than once"), ([1.0], "whole numbers"),
-                        (["1"], "whole numbers"), ("12", "list of layer"), (2, "list of layer"), (None, "list of layer"), ([True] * 4, "yes or no")):
-        with pytest.raises(ValueError, match=word): model.commit(wrong)
-        with pytest.raises(ValueError, match=word): HybridConfig(teacher=teacher("qwen3").config, full_layers=wrong)
+    for wrong, word in (
+        ([4], "out of range.*0 to 3"),
+        ([-1], "out of range"),
+        ([1, 1], r"\[1\] are listed more than once"),
+        ([1.0], "whole numbers"),
+        (["1"], "whole numbers"),
+        ("12", "list of layer"),
+        (2, "list of layer"),
+        (None, "list of layer"),
+        ([True] * 4, "yes or no"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            model.commit(wrong)
+        with pytest.raises(ValueError, match=word):
+            HybridConfig(teacher=teacher("qwen3").config, full_layers=wrong)
 
 
 def test_config():
-    assert HybridConfig().teacher is None and HybridConfig().to_dict()["model_type"] == "flashmorph_hybrid"
+    assert (
+        HybridConfig().teacher is None
+        and HybridConfig().to_dict()["model_type"] == "flashmorph_hybrid"
+    )
     t = teacher("mistral").config
     config = HybridConfig(teacher=t, full_layers=[2])
-    assert config.layer_types == ["linear_attention"] * 2 + ["sliding_attention", "linear_attention"]
-    assert (config.sliding_window, config.vocab_size, config.num_key_value_heads, config.hidden_size) == (6, 97, 2, 32)
+    assert config.layer_types == ["linear_attention"] * 2 + [
+        "sliding_attention",
+        "linear_attention",
+    ]
+    assert (
+        config.sliding_window,
+        config.vocab_size,
+        config.num_key_value_heads,
+        config.hidden_size,
+    ) == (6, 97, 2, 32)
     assert HybridConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
     assert config.get_text_config() is config and config.teacher.model_type == "mistral"
 
@@ -383,14 +519,21 @@ def test_sharded_file(tmp_path):
 
 @family
 def test_full_layers_for_longer_texts(name, tmp_path):
-    "No rotary embedding, and logits that grow with the position (HypeNet): caches, padding, files, training mode, and other ways to compute attention."
-    rope, kw = (True, dict(attn_pdrop=0.)) if name == "gpt2" else (False, {})                # nothing to leave out in GPT-2
-    h, plain = (commit(morphed(name, **kw), [1, 3], full_rope=rope, logit_scale=a) for a in (20, None))
+    "No rotary embedding, and logits that grow with the position (HypeNet), in all uses."
+    rope, kw = (
+        (True, dict(attn_pdrop=0.0)) if name == "gpt2" else (False, {})
+    )  # nothing to leave out in GPT-2
+    h, plain = (
+        commit(morphed(name, **kw), [1, 3], full_rope=rope, logit_scale=a) for a in (20, None)
+    )
     for model in (h, plain):
-        if name == "gemma2": model.set_attn_implementation("eager")                          # sdpa drops its softcap in transformers 5.17
+        if name == "gemma2":
+            model.set_attn_implementation("eager")  # sdpa drops its softcap in transformers 5.17
     ids, mask = tokens(T=11, pad=4)
     out = same_generation(h, ids, attention_mask=mask)
-    alone = h.generate(ids[:1, 4:], max_new_tokens=16, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    alone = h.generate(
+        ids[:1, 4:], max_new_tokens=16, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
     close(torch.stack(out.logits)[:, :1], torch.stack(alone.logits), 5e-4)
     expected = logits(h, ids, mask)
     assert not torch.allclose(expected, logits(plain, ids, mask), atol=1e-3)
@@ -400,12 +543,15 @@ def test_full_layers_for_longer_texts(name, tmp_path):
     real = mask.bool()
     close(logits(again, ids, mask)[real], expected[real], 1e-4)
     again.set_attn_implementation("sdpa" if name != "gemma2" else "eager")
-    for model in (again, copy.deepcopy(h)): assert torch.equal(logits(model, ids, mask), expected)
+    for model in (again, copy.deepcopy(h)):
+        assert torch.equal(logits(model, ids, mask), expected)
     plain.save_pretrained(tmp_path)
-    later = AutoModelForCausalLM.from_pretrained(tmp_path, logit_scale=20)                   # said when loading only
-    if name != "gemma2": assert torch.equal(logits(later, ids, mask), expected)
+    later = AutoModelForCausalLM.from_pretrained(tmp_path, logit_scale=20)  # said when loading only
+    if name != "gemma2":
+        assert torch.equal(logits(later, ids, mask), expected)
     for m in (*h.train().modules(), *plain.train().modules()):
-        if isinstance(m, torch.nn.Dropout): m.eval()
+        if isinstance(m, torch.nn.Dropout):
+            m.eval()
     close(logits(h, ids, mask), logits(plain, ids, mask), 1e-5)
 
 
@@ -422,14 +568,30 @@ def test_full_layers_without_rope(name):
 def test_full_layers_for_longer_texts_compile(name):
     h, (ids, mask) = commit(morphed(name), [1, 3], full_rope=False, logit_scale=20), tokens()
     expected = h(ids, attention_mask=mask, use_cache=False).logits
-    got = torch.compile(h, backend="aot_eager", fullgraph=True)(ids, attention_mask=mask, use_cache=False).logits
+    got = torch.compile(h, backend="aot_eager", fullgraph=True)(
+        ids, attention_mask=mask, use_cache=False
+    ).logits
     close(got, expected)
-    for p, q in zip(*(torch.autograd.grad(x.sum(), [p for n, p in h.named_parameters() if "k_norm" in n]) for x in (got, expected))): close(p, q, 1e-4)
+    for p, q in zip(
+        *(
+            torch.autograd.grad(x.sum(), [p for n, p in h.named_parameters() if "k_norm" in n])
+            for x in (got, expected)
+        )
+    ):
+        close(p, q, 1e-4)
     h.gradient_checkpointing_enable()
-    close(h.train()(ids, attention_mask=mask, use_cache=False).logits, commit(morphed(name), [1, 3], full_rope=False)(ids, attention_mask=mask).logits)
+    close(
+        h.train()(ids, attention_mask=mask, use_cache=False).logits,
+        commit(morphed(name), [1, 3], full_rope=False)(ids, attention_mask=mask).logits,
+    )
 
 
 def test_full_layers_that_cannot_be():
-    for name, options, word in (("gpt2", dict(full_rope=False), "no rotary embedding"), ("llama", dict(logit_scale=1), "above 1"),
-                                ("llama", dict(logit_scale="500"), "above 1"), ("llama", dict(full_rope="no"), "true or false")):
-        with pytest.raises(ValueError, match=word): commit(morphed(name), [1], **options)
+    for name, options, word in (
+        ("gpt2", dict(full_rope=False), "no rotary embedding"),
+        ("llama", dict(logit_scale=1), "above 1"),
+        ("llama", dict(logit_scale="500"), "above 1"),
+        ("llama", dict(full_rope="no"), "true or false"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            commit(morphed(name), [1], **options)

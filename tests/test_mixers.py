@@ -1,4 +1,5 @@
-"Every mixer, plain and with options, through what a conversion does with it; and a mixer of one's own."
+"Every mixer, plain and with options, through all stages; and a mixer of one's own."
+
 import re
 
 import pytest
@@ -11,7 +12,15 @@ from flashmorph.measure.cost import cost
 from flashmorph.choose.gates import train_gates
 from flashmorph.model.hybrid import HybridConfig
 from flashmorph.model.morph import commit
-from flashmorph.model.mixers import MIXERS, Mixer, MixerDims, make_mixer, mixer_spec, register_mixer, repeat_heads
+from flashmorph.model.mixers import (
+    MIXERS,
+    Mixer,
+    MixerDims,
+    make_mixer,
+    mixer_spec,
+    register_mixer,
+    repeat_heads,
+)
 from flashmorph.model.morph import morph
 
 SPECS = ("lightning", "gla", "gdn", "lightning(conv=2)", "gdn(conv=3, rope=False)")
@@ -22,12 +31,14 @@ GREEDY = dict(do_sample=False, eos_token_id=None)
 
 def morphed(spec, name="qwen3"):
     model = morph(teacher(name), spec)
-    for layer in model.layers: shake(layer.linear, 0.1)
+    for layer in model.layers:
+        shake(layer.linear, 0.1)
     return model
 
 
 def logits(model, ids, mask=None):
-    with torch.no_grad(): return model(ids, attention_mask=mask, use_cache=False).logits
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, use_cache=False).logits
 
 
 @every
@@ -36,9 +47,15 @@ def test_corners_and_padding(spec):
     assert torch.equal(logits(model, ids, mask), logits(teacher("qwen3"), ids, mask))
     model.gates = [1, 0, 0, 1]
     h = commit(model, [0, 3])
-    assert torch.equal(logits(h, ids, mask), logits(model, ids, mask)) and h.config.mixer == model.mixer == spec
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)                          # decays per channel and convolutions do not commute with rotations
-    with torch.no_grad(): padded = h(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert (
+        torch.equal(logits(h, ids, mask), logits(model, ids, mask))
+        and h.config.mixer == model.mixer == spec
+    )
+    positions = (mask.cumsum(-1) - 1).clamp(
+        min=0
+    )  # decays per channel and convolutions do not commute with rotations
+    with torch.no_grad():
+        padded = h(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     close(padded[:1, 5:], logits(h, ids[:1, 5:]), 1e-4)
 
 
@@ -47,56 +64,100 @@ def test_corners_and_padding(spec):
 def test_generate(spec, name):
     "With a cache as without; beams; a padded batch as alone; chunked prefill."
     h, (ids, mask) = commit(morphed(spec, name), [1]), tokens(T=11, pad=4)
-    kw = dict(attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    kw = dict(
+        attention_mask=mask,
+        max_new_tokens=12,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **GREEDY,
+    )
     a, b = h.generate(ids, use_cache=True, **kw), h.generate(ids, use_cache=False, **kw)
     assert torch.equal(a.sequences, b.sequences)
     close(torch.stack(a.logits), torch.stack(b.logits), 2e-4)
-    alone = h.generate(ids[:1, 4:], max_new_tokens=12, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    alone = h.generate(
+        ids[:1, 4:], max_new_tokens=12, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
     close(torch.stack(a.logits)[:, :1], torch.stack(alone.logits), 5e-4)
-    beams = dict(attention_mask=mask, max_new_tokens=6, num_beams=3, num_return_sequences=2, **GREEDY)
-    assert torch.equal(h.generate(ids, use_cache=True, **beams), h.generate(ids, use_cache=False, **beams))
+    beams = dict(
+        attention_mask=mask, max_new_tokens=6, num_beams=3, num_return_sequences=2, **GREEDY
+    )
+    assert torch.equal(
+        h.generate(ids, use_cache=True, **beams), h.generate(ids, use_cache=False, **beams)
+    )
 
     positions, cache, parts = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(), []
-    for i, j in ((0, 2), (2, 6), (6, 7), (7, 11)):                                           # cuts inside the padding too
-        with torch.no_grad(): parts.append(h(ids[:, i:j], attention_mask=mask[:, :j], position_ids=positions[:, i:j], past_key_values=cache).logits)
-    with torch.no_grad(): whole = h(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    for i, j in ((0, 2), (2, 6), (6, 7), (7, 11)):  # cuts inside the padding too
+        with torch.no_grad():
+            parts.append(
+                h(
+                    ids[:, i:j],
+                    attention_mask=mask[:, :j],
+                    position_ids=positions[:, i:j],
+                    past_key_values=cache,
+                ).logits
+            )
+    with torch.no_grad():
+        whole = h(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], 2e-4)
 
 
 @new
 def test_files(spec, tmp_path):
-    "Options and weights come back; in bfloat16 the rates stay float32, through casting, saving and loading."
+    "Options and weights come back; in bfloat16 the rates stay float32, cast, saved and loaded."
     h, (ids, mask) = commit(morphed(spec), [1]), tokens(pad=3)
     h.save_pretrained(tmp_path / "a")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert again.config.mixer == spec and torch.equal(logits(again, ids, mask), logits(h, ids, mask))
-    rates = {n: p.clone() for n, p in h.named_parameters() if n.split(".")[-1] in ("A_log", "dt_bias")}
+    assert again.config.mixer == spec and torch.equal(
+        logits(again, ids, mask), logits(h, ids, mask)
+    )
+    rates = {
+        n: p.clone() for n, p in h.named_parameters() if n.split(".")[-1] in ("A_log", "dt_bias")
+    }
     assert len(rates) == (6 if spec.startswith("gdn") else 0)
     low = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     low.save_pretrained(tmp_path / "b")
-    for model in (low, h.bfloat16(), AutoModelForCausalLM.from_pretrained(tmp_path / "b"), morph(teacher("qwen3").bfloat16(), spec)):
-        names = {n for n, p in model.named_parameters() if p.dtype == torch.float32 and not n.endswith("alpha")}
+    for model in (
+        low,
+        h.bfloat16(),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "b"),
+        morph(teacher("qwen3").bfloat16(), spec),
+    ):
+        names = {
+            n
+            for n, p in model.named_parameters()
+            if p.dtype == torch.float32 and not n.endswith("alpha")
+        }
         assert {n.split(".")[-1] for n in names} == ({"A_log", "dt_bias"} if rates else set())
         assert logits(model, ids, mask).isfinite().all()
-    assert all(torch.equal(p, low.get_parameter(n)) and torch.equal(p, h.get_parameter(n)) for n, p in rates.items())
+    assert all(
+        torch.equal(p, low.get_parameter(n)) and torch.equal(p, h.get_parameter(n))
+        for n, p in rates.items()
+    )
     assert low.dtype == torch.bfloat16
 
 
 @new
 def test_gradients(spec):
-    "Every parameter of a mixer learns from the start, gradient checkpointing changes nothing, and it compiles into one graph."
+    "Every parameter learns from the start; checkpointing and compiling change no gradient."
     model, (ids, mask) = morph(teacher("qwen3"), spec), tokens(pad=3)
     model.alignment_losses(ids, mask).sum().backward()
-    asleep = {n.split("mixer.")[-1] for layer in model.layers for n, p in layer.linear.named_parameters() if p.grad is None or not p.grad.any()}
-    assert asleep <= {"decay_in.weight"}                                                    # behind a zero matrix for one step
+    asleep = {
+        n.split("mixer.")[-1]
+        for layer in model.layers
+        for n, p in layer.linear.named_parameters()
+        if p.grad is None or not p.grad.any()
+    }
+    assert asleep <= {"decay_in.weight"}  # behind a zero matrix for one step
     h = commit(morphed(spec), [1]).train()
     batch = dict(attention_mask=mask, labels=ids, use_cache=False)
     plain = torch.autograd.grad(h(ids, **batch).loss, list(h.parameters()))
     h.gradient_checkpointing_enable()
-    for a, b in zip(plain, torch.autograd.grad(h(ids, **batch).loss, list(h.parameters()))): close(a, b)
+    for a, b in zip(plain, torch.autograd.grad(h(ids, **batch).loss, list(h.parameters()))):
+        close(a, b)
     h.gradient_checkpointing_disable()
     compiled = torch.compile(h, backend="aot_eager", fullgraph=True)(ids, **batch).loss
-    for a, b in zip(plain, torch.autograd.grad(compiled, list(h.parameters()))): close(a, b, 1e-4)
+    for a, b in zip(plain, torch.autograd.grad(compiled, list(h.parameters()))):
+        close(a, b, 1e-4)
     torch._dynamo.reset()
 
 
@@ -107,22 +168,45 @@ def test_cost(spec):
     assert few != many and few == cost(c, [0], context=1000, mixer=mixer_spec(spec))
 
 
-GROUPED = ("qwen3", "qwen3-bias", "phi3", "qwen3-wide-heads", "llama", "llama-one-kv-head", "qwen2", "mistral", "qwen3_moe", "gemma2", "gemma3_text", "olmo2")
+GROUPED = (
+    "qwen3",
+    "qwen3-bias",
+    "phi3",
+    "qwen3-wide-heads",
+    "llama",
+    "llama-one-kv-head",
+    "qwen2",
+    "mistral",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+)
+
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_heads_of_ones_own(name, tmp_path):
-    "`expand_kv`: at first the same function, then free to part; counted, saved and loaded, and decoding as before."
+    "`expand_kv`: at first the same function, then free to part; counted, saved, decoding."
     ids, mask = tokens(pad=3)
     narrow, wide = (morph(teacher(name), spec) for spec in ("gla", "gla(expand_kv=True)"))
     narrow.gates = wide.gates = 0
     close(logits(wide, ids, mask), logits(narrow, ids, mask), 1e-4)
     wide.alignment_losses(ids, mask).sum().backward()
     attn, dims = wide.layers[0].linear.attn, wide.layers[0].linear.mixer.dims
-    grads = (attn.qkv_proj.weight.grad[4 * dims.head_dim:].chunk(2)[0] if name == "phi3" else attn.k_proj.weight.grad).unflatten(0, (4, -1))
+    grads = (
+        attn.qkv_proj.weight.grad[4 * dims.head_dim :].chunk(2)[0]
+        if name == "phi3"
+        else attn.k_proj.weight.grad
+    ).unflatten(0, (4, -1))
     assert not any(torch.allclose(grads[i], grads[j]) for i in range(4) for j in range(i))
-    for layer in wide.layers: shake(layer.linear, 0.1)
+    for layer in wide.layers:
+        shake(layer.linear, 0.1)
     h = commit(wide, [1])
-    assert h.num_parameters() == cost(h.config, [1], context=9).parameters > commit(narrow, [1]).num_parameters()
+    assert (
+        h.num_parameters()
+        == cost(h.config, [1], context=9).parameters
+        > commit(narrow, [1]).num_parameters()
+    )
     h.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, ids, mask), logits(h, ids, mask))
@@ -132,15 +216,22 @@ def test_heads_of_ones_own(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama-no-groups"])
 def test_nothing_to_expand(name):
-    narrow, wide = (morph(teacher(name), spec) for spec in ("lightning", "lightning(expand_kv=True)"))
-    assert {n: p.shape for n, p in narrow.named_parameters()} == {n: p.shape for n, p in wide.named_parameters()}
+    narrow, wide = (
+        morph(teacher(name), spec) for spec in ("lightning", "lightning(expand_kv=True)")
+    )
+    assert {n: p.shape for n, p in narrow.named_parameters()} == {
+        n: p.shape for n, p in wide.named_parameters()
+    }
 
 
 def test_unknown_projections_cannot_be_expanded():
     model = teacher("phi3")
     attn = model.model.layers[0].self_attn
     attn.qkv_proj = torch.nn.Sequential(attn.qkv_proj)
-    with pytest.raises(ValueError, match="a linear layer qkv_proj with .* outputs, but Phi3Attention has none"): morph(model, "lightning(expand_kv=True)")
+    with pytest.raises(
+        ValueError, match="a linear layer qkv_proj with .* outputs, but Phi3Attention has none"
+    ):
+        morph(model, "lightning(expand_kv=True)")
 
 
 def test_options():
@@ -152,10 +243,14 @@ def test_options():
 
 
 WRONG = {
-    "gdn(cnv=4)": "no option 'cnv'; did you mean 'conv'", "gdm": "did you mean 'gdn'",
-    "gdn(conv": "unknown", "gdn(4)": "options are written like",
-    "gdn(conv=4, conv=5)": "each at most once", "gdn(conv=1)": "2 or more",
-    "gdn(conv=-3)": "2 or more", "gdn(conv=True)": "option conv of mixer 'gdn': expected an integer",
+    "gdn(cnv=4)": "no option 'cnv'; did you mean 'conv'",
+    "gdm": "did you mean 'gdn'",
+    "gdn(conv": "unknown",
+    "gdn(4)": "options are written like",
+    "gdn(conv=4, conv=5)": "each at most once",
+    "gdn(conv=1)": "2 or more",
+    "gdn(conv=-3)": "2 or more",
+    "gdn(conv=True)": "option conv of mixer 'gdn': expected an integer",
     "gdn(rope=1)": "option rope of mixer 'gdn': expected true or false, got 1",
     "gdn(rope='no')": "expected true or false, got 'no'",
     "gdn(expand_kv='x')": "option expand_kv of mixer 'gdn': expected true or false",
@@ -166,9 +261,12 @@ WRONG = {
 def test_wrong_options_are_refused_when_they_are_read(spec):
     "By `morph`, and in the `config.json` of a hybrid (S7, S21)."
     config = HybridConfig(teacher=teacher("qwen3").config, full_layers=[0]).to_dict()
-    for read in (lambda: morph(teacher("qwen3"), spec),
-                 lambda: HybridConfig.from_dict(config | {"mixer": spec})):
-        with pytest.raises(ValueError, match=re.escape(WRONG[spec])): read()
+    for read in (
+        lambda: morph(teacher("qwen3"), spec),
+        lambda: HybridConfig.from_dict(config | {"mixer": spec}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(WRONG[spec])):
+            read()
 
 
 @pytest.mark.parametrize("spec", ["lightning", "gla", "lightning(conv=2)"])
@@ -178,8 +276,8 @@ def test_float16_does_not_overflow(spec):
     with torch.no_grad():
         for layer in t.model.layers:
             attn = layer.self_attn
-            attn.k_proj.bias[4:] = 40.
-            attn.q_proj.bias[4:] = 4.
+            attn.k_proj.bias[4:] = 40.0
+            attn.q_proj.bias[4:] = 4.0
             attn.v_proj.bias.normal_(0, 2)
     h, (ids, _) = commit(morph(t, spec), []), tokens(T=700)
     wide, half = logits(h, ids), logits(h.half(), ids).float()
@@ -190,6 +288,7 @@ def test_float16_does_not_overflow(spec):
 @pytest.fixture
 def mean():
     "A mixer of ten lines, as a user would write it."
+
     @register_mixer("mean")
     class RunningMean(Mixer):
         def __init__(self, dims):
@@ -199,9 +298,15 @@ def mean():
         def forward(self, q, k, v, hidden, *, scale, mask=None, state=None):
             k, v = repeat_heads(k, q.shape[2]).float(), repeat_heads(v, q.shape[2]).float()
             w = (k * self.weight).sum(-1, keepdim=True).exp()
-            if mask is not None: w = w * mask[..., None, None]
-            total = torch.cat([w * v, w], -1).cumsum(1) + (0 if state is None else state.transpose(1, 2))
-            return (total[..., :-1] / total[..., -1:].clamp(min=1e-6)).to(v.dtype), total[:, -1:].transpose(1, 2)
+            if mask is not None:
+                w = w * mask[..., None, None]
+            total = torch.cat([w * v, w], -1).cumsum(1) + (
+                0 if state is None else state.transpose(1, 2)
+            )
+            return (total[..., :-1] / total[..., -1:].clamp(min=1e-6)).to(v.dtype), total[
+                :, -1:
+            ].transpose(1, 2)
+
     yield "mean"
     del MIXERS["mean"]
 
@@ -211,9 +316,13 @@ def test_a_mixer_of_ones_own(mean, tmp_path):
     t = teacher("qwen3")
     model, rows = morph(t, mean), [dict(input_ids=torch.randint(3, 97, (24,))) for _ in range(64)]
     ids, mask = tokens(pad=4)
-    with torch.no_grad(): before = model.alignment_losses(seen := torch.stack([row["input_ids"] for row in rows]), relative=True)
+    with torch.no_grad():
+        before = model.alignment_losses(
+            seen := torch.stack([row["input_ids"] for row in rows]), relative=True
+        )
     align(model, rows, steps=30, batch_size=4, lr=1e-2, warmup=2, progress=False)
-    with torch.no_grad(): assert model.alignment_losses(seen, relative=True).mean() < before.mean()
+    with torch.no_grad():
+        assert model.alignment_losses(seen, relative=True).mean() < before.mean()
     books = [row | dict(answers=torch.arange(24) >= 20) for row in rows]
     run = train_gates(model, books, steps=6, batch_size=2, progress=False)
     assert (model.gates < 1).any()
@@ -222,19 +331,31 @@ def test_a_mixer_of_ones_own(mean, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     kw = dict(attention_mask=mask, max_new_tokens=8, **GREEDY)
     assert torch.equal(again.generate(ids, **kw), h.generate(ids, use_cache=False, **kw))
-    with torch.no_grad(): padded = again(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False).logits
+    with torch.no_grad():
+        padded = again(
+            ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits
     close(padded[:1, 4:], logits(again, ids[:1, 4:]), 1e-4)
 
 
 def test_more_than_two_states_are_refused():
     from flashmorph.model.cache import StateLayer
-    with pytest.raises(ValueError, match="one or two tensors"): StateLayer().store((torch.zeros(1),) * 3, 1)
+
+    with pytest.raises(ValueError, match="one or two tensors"):
+        StateLayer().store((torch.zeros(1),) * 3, 1)
 
 
 def test_rates_follow_the_device_but_not_the_dtype():
     mixer = make_mixer("gdn", MixerDims(8, 2, 1, 4, 4))
     mixer.A_log.grad = torch.ones(2)
     mixer.to("meta").half()
-    assert mixer.A_log.dtype == mixer.A_log.grad.dtype == torch.float32 and mixer.A_log.device.type == "meta" and mixer.a.weight.dtype == torch.float16
+    assert (
+        mixer.A_log.dtype == mixer.A_log.grad.dtype == torch.float32
+        and mixer.A_log.device.type == "meta"
+        and mixer.a.weight.dtype == torch.float16
+    )
     mixer.to_empty(device="cpu").double()
     assert mixer.A_log.dtype == torch.float64

@@ -3,6 +3,7 @@
 An override of a method that transformers no longer calls would do nothing, and say nothing. So each
 such name must exist in the release that is installed. `tests/versions.sh` runs this file with the
 oldest and the newest releases."""
+
 import inspect
 
 import pytest
@@ -21,7 +22,8 @@ RELEASE = Version(transformers.__version__)
 every_name = pytest.mark.parametrize("name", CACHE_NAMES)
 
 
-def source(thing) -> str: return inspect.getsource(inspect.unwrap(thing))
+def source(thing) -> str:
+    return inspect.getsource(inspect.unwrap(thing))
 
 
 def test_5_24_calls_the_cache_of_a_model_cache():
@@ -71,8 +73,13 @@ def test_layer_types_come_first_in_5_17_and_5_23():
 def test_a_slot_for_states_has_the_parts_that_we_fill():
     ours, theirs = StateLayer(), LinearAttentionLayer()
     ours.store((torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 8)), 5)
-    for name in ("recurrent_states", "conv_states", "is_recurrent_states_initialized",
-                 "is_conv_states_initialized", "has_previous_state"):
+    for name in (
+        "recurrent_states",
+        "conv_states",
+        "is_recurrent_states_initialized",
+        "is_conv_states_initialized",
+        "has_previous_state",
+    ):
         assert list(getattr(theirs, name)) == [0], name
     theirs.lazy_initialization(recurrent_states=torch.zeros(1, 2, 3, 3))
     assert theirs.recurrent_states[0] is not None and theirs.is_recurrent_states_initialized[0]
@@ -83,20 +90,33 @@ def test_methods_of_a_slot_exist():
         assert hasattr(CacheLayerMixin, name), name
 
 
-@pytest.mark.parametrize("owner, name", [
-    (GenerationMixin, "_prepare_cache_for_generation"),
-    (PreTrainedModel, "set_attn_implementation"), (PreTrainedModel, "get_output_embeddings"),
-    (PreTrainedModel, "resize_token_embeddings"), (PreTrainedConfig, "sub_configs"),
-])
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (GenerationMixin, "_prepare_cache_for_generation"),
+        (PreTrainedModel, "set_attn_implementation"),
+        (PreTrainedModel, "get_output_embeddings"),
+        (PreTrainedModel, "resize_token_embeddings"),
+        (PreTrainedConfig, "sub_configs"),
+    ],
+)
 def test_methods_that_a_hybrid_overrides_exist(owner, name):
     assert hasattr(owner, name)
 
 
-@pytest.mark.parametrize("name", ["_is_stateful", "_keep_in_fp32_modules_strict",
-                                  "_is_hf_initialized", "_supports_attention_backend"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_is_stateful",
+        "_keep_in_fp32_modules_strict",
+        "_is_hf_initialized",
+        "_supports_attention_backend",
+    ],
+)
 def test_private_names_are_still_read(name):
     from transformers import initialization, modeling_utils as modeling
     from transformers.generation import utils
+
     assert any(name in inspect.getsource(where) for where in (modeling, utils, initialization))
 
 
