@@ -36,7 +36,6 @@ NOT_YET = {
     "nbs/tutorials/03_budget.ipynb",
     "nbs/tutorials/04_your_own_model.ipynb",
     "nbs/tutorials/05_your_own_mixer.ipynb",
-    "tests/versions.sh",
 }
 
 

@@ -23,7 +23,7 @@ for key in ("requirements", "test_requirements", "lab_requirements"):
 PYTHON
 }
 
-environment() {  # environment FOLDER: an empty one, with a pip that asks nothing of this machine's pins
+environment() {  # environment FOLDER: an empty one, with a pip that knows nothing of our pins
     test -x "$1/bin/python" || python3 -m venv "$1"
     "$1/bin/python" -m pip install -q --upgrade pip
 }
