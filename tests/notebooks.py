@@ -35,7 +35,6 @@ NOT_YET = {
     "nbs/tutorials/02_inside_the_gates.ipynb",
     "nbs/tutorials/03_budget.ipynb",
     "nbs/tutorials/04_your_own_model.ipynb",
-    "nbs/tutorials/05_your_own_mixer.ipynb",
 }
 
 
