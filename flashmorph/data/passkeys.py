@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from .files import SourceConfig
 from .mixture import whole_number
-from .sources import Documents, documents
+from .sources import Documents, open_source
 from .stories import StoryDocuments, digest, state_value
 from .text import MOST, TokenBlocks, check_tokenizer, encode
 from ..settings import setting
@@ -288,5 +288,5 @@ def passkeys(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed
     or for everything (None). Raises `ValueError` for settings and sources that cannot work."""
     config = PasskeysConfig.make({"source": source}, **settings)
     book = {name: getattr(config, name) for name in BOOK}
-    background = documents(config, seed=seed, held_out=held_out)
+    background = open_source(config, seed=seed, held_out=held_out)
     return Passkeys(tokenizer, background, template=template, seed=seed, **book)

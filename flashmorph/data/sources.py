@@ -6,7 +6,6 @@
 from __future__ import annotations
 import glob, os, re, warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from .stories import StoryDocuments, digest, state_value
 
 # %% auto #0
 __all__ = ['HELD_OUT_ONE_IN', 'NOTHING_HELD_OUT', 'is_held_out', 'check_position', 'TextColumn', 'first_line', 'Documents',
-           'open_stream', 'open_files', 'open_hub', 'documents', 'source_name', 'source_facts']
+           'open_stream', 'open_files', 'open_hub', 'open_source', 'source_name', 'source_facts', 'documents']
 
 # %% ../../nbs/22_data.sources.ipynb #96422557
 HELD_OUT_ONE_IN = 50
@@ -178,15 +177,9 @@ def open_hub(config: SourceConfig) -> Any:
     return open_stream(why, name, config.subset, split=config.split)
 
 # %% ../../nbs/22_data.sources.ipynb #97de5f59
-def documents(source: str | Path | list[str] | SourceConfig = "stories", *, seed: int = 0,
-              held_out: bool | None = None, **settings: Any) -> StoryDocuments | Documents:
-    """A stream of documents `{"text": ...}`: stories, local files, a folder, or a hub dataset.
-
-    `settings` are those of `SourceConfig`; `seed` is the seed of the stories. `held_out` chooses
-    what training reads (False), what evaluation reads (True) or everything (None); stories are held
-    out by their seed. Raises `ValueError` for what cannot be read, `OSError` if the disk fails."""
-    if isinstance(source, SourceConfig): config = replace(source, **settings)
-    else: config = SourceConfig.make({"source": source}, **settings)
+def open_source(config: SourceConfig, *, seed: int = 0,
+                held_out: bool | None = None) -> StoryDocuments | Documents:
+    "The stream of documents that `config` names, see `documents`."
     if config.source == "stories": return StoryDocuments(seed)
     files = local_files(config.source)
     dataset = open_hub(config) if files is None else open_files(files, config)
@@ -205,3 +198,17 @@ def source_facts(config: SourceConfig, files: list[Path] | None) -> list[Any]:
     if files is None: return [config.source, config.subset, config.split]
     most = max(2**16, HASHED // len(files))
     return [config.sample_by, *(content_hash(path, most) for path in files)]
+
+# %% ../../nbs/22_data.sources.ipynb #20c7935f
+def documents(source: str | Path | list[str] = "stories", *, split: str = "train",
+              subset: str | None = None, column: str = "text", sample_by: str = "line",
+              seed: int = 0, held_out: bool | None = None) -> StoryDocuments | Documents:
+    """A stream of documents `{"text": ...}`: stories, local files, a folder, or a hub dataset.
+
+    `split`, `subset`, `column` and `sample_by` are those of `SourceConfig`; `seed` is the seed of
+    the stories. `held_out` chooses what training reads (False), what evaluation reads (True) or
+    everything (None); stories are held out by their seed.
+    Raises `ValueError` for what cannot be read, `OSError` if the disk or the network fails."""
+    config = SourceConfig.make({"source": source}, split=split, subset=subset, column=column,
+                               sample_by=sample_by)
+    return open_source(config, seed=seed, held_out=held_out)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from .files import SourceConfig
-from .sources import Documents, documents, first_line
+from .sources import Documents, first_line, open_source
 from .stories import Stories, StoryDocuments, digest, state_value
 from ..settings import setting
 
@@ -140,4 +140,4 @@ def text(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed: in
     config = TextConfig.make({"source": source}, **settings)
     if config.passkeys:
         raise ValueError("text.passkeys: only recipes mix in books; use `Mixture` and `passkeys`")
-    return TokenBlocks(tokenizer, documents(config, seed=seed, held_out=held_out), config.length)
+    return TokenBlocks(tokenizer, open_source(config, seed=seed, held_out=held_out), config.length)

@@ -13,7 +13,7 @@ from torch import nn
 from ..data.files import SourceConfig
 from ..data.mixture import batches, whole_number
 from ..data.passkeys import Passkeys
-from ..data.sources import documents
+from ..data.sources import open_source
 from ..data.text import MOST, TokenBlocks
 from ..model.logits import hidden_states, host_of, logits_from_hidden
 from ..results import Evaluation
@@ -120,9 +120,10 @@ def evaluate(model: nn.Module, tokenizer: Any, *, seed: int = HELD_OUT,
     if not isinstance(model, nn.Module): raise TypeError(f"model: expected a model, got {model!r}")
     config = EvaluateConfig.make(settings)
     seed = whole_number("seed", seed, low=0)
-    books = Passkeys(tokenizer, documents(config, seed=seed, held_out=True), config.length,
+    books = Passkeys(tokenizer, open_source(config, seed=seed, held_out=True), config.length,
                      keys=config.keys, words_per_key=config.words_per_key, seed=seed)
-    blocks = TokenBlocks(tokenizer, documents(config, seed=seed + 1, held_out=True), config.length)
+    plain = open_source(config, seed=seed + 1, held_out=True)
+    blocks = TokenBlocks(tokenizer, plain, config.length)
     training = model.training
     model.eval()
     try:
