@@ -43,6 +43,7 @@ def attention_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
     uses transformers' attention interface."""
     if any(isinstance(m, Mixer) for m in model.modules()):
         raise _refuse(model, "some of its layers are linear already")
+    # one for each layer, from 0 to L - 1
     found = [(name, m) for name, m in model.named_modules() if _uses_the_interface(m)]
     found.sort(key=lambda named: named[1].layer_idx)
     layers = [m.layer_idx for _, m in found]
@@ -85,7 +86,7 @@ def attention_sites(model: PreTrainedModel) -> list[Site]:
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _refuse(model, f"the sizes of its attention cannot be read ({error})") from error
 
-# %% ../../nbs/32_model.hosts.ipynb #75190ff7
+# %% ../../nbs/32_model.hosts.ipynb #17b13027
 def _cache_users(model: nn.Module, site: Site) -> list[str]:
     "Modules of a layer that take a cache, and neither are nor contain its attention."
     def takes_cache(module):
@@ -95,6 +96,7 @@ def _cache_users(model: nn.Module, site: Site) -> list[str]:
     users = (name for name, module in model.named_modules() if takes_cache(module))
     return [name for name in users if not f"{site.name}.".startswith(f"{name}.")]
 
+# %% ../../nbs/32_model.hosts.ipynb #d29f8b6a
 def _check_structure(model: PreTrainedModel, sites: list[Site]) -> None:
     "Raise `ValueError` for models that can be told by their modules."
     if model.config.get_text_config() is not model.config:
@@ -117,6 +119,7 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 AttentionInterface.register("flashmorph_probe", _probe)
 
+# %% ../../nbs/32_model.hosts.ipynb #554fbf3f
 @contextlib.contextmanager
 def _probing(model: PreTrainedModel, sites: list[Site], note: Callable) -> Iterator[None]:
     "Inside, the model is in evaluation mode, and its attention calls `note`."
@@ -131,10 +134,12 @@ def _probing(model: PreTrainedModel, sites: list[Site], note: Callable) -> Itera
             site.module.config._attn_implementation = "flashmorph_probe"
         yield
     finally:
+        # everything as it was
         hook.remove()
         for module in training: module.training = True
         for site, config in zip(sites, configs): site.module.config = config
 
+# %% ../../nbs/32_model.hosts.ipynb #79d0c4b9
 def _trial_run(model: PreTrainedModel, sites: list[Site]) -> dict[int, tuple]:
     "Shapes of queries, keys and values by layer, in a forward pass of two tokens."
     seen: dict[int, tuple] = {}
@@ -145,7 +150,7 @@ def _trial_run(model: PreTrainedModel, sites: list[Site]) -> dict[int, tuple]:
         model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return seen
 
-# %% ../../nbs/32_model.hosts.ipynb #57720139
+# %% ../../nbs/32_model.hosts.ipynb #7e61ef16
 def check_host(model: PreTrainedModel) -> list[Site]:
     """The `Site` of each layer of `model`, if the model can be converted.
 
@@ -156,6 +161,7 @@ def check_host(model: PreTrainedModel) -> list[Site]:
     try: seen = _trial_run(model, sites)
     except Exception as error:
         raise _refuse(model, f"a trial run failed with {type(error).__name__}: {error}") from error
+    # did keywords arrive, and are the sizes right?
     for _, _, d in sites:
         if d.layer_idx not in seen:
             raise _refuse(model, "keywords given to the model do not reach the attention of layer "

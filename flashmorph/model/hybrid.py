@@ -103,12 +103,13 @@ class HybridConfig(_View):
     @property
     def sub_configs(self): return {"teacher": PreTrainedConfig}
 
-# %% ../../nbs/34_model.hybrid.ipynb #e54fba02
+# %% ../../nbs/34_model.hybrid.ipynb #6e0ff14a
 def _adopt(cache: Any, linear_layers: list[int]) -> None:
     "Give each linear layer its slot in `cache`, if there is a cache."
     if cache is not None:
         for i in linear_layers: linear_slot(cache, i)
 
+# %% ../../nbs/34_model.hybrid.ipynb #8e41bf55
 def _check_loaded(info: dict[str, Any]) -> None:
     "Raise `RuntimeError` if transformers found missing, unexpected or misshapen weights."
     wrong = {problem: sorted(map(str, names)) for problem, names in info.items() if names}

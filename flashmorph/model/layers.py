@@ -29,6 +29,7 @@ def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 AttentionInterface.register(INTERFACE, _interface)
 
+# %% ../../nbs/33_model.layers.ipynb #15e05e36
 def _no_rotation(kwargs: dict) -> dict:
     "The keyword `position_embeddings`, if it is there, for a rotation by nothing."
     rotary = kwargs.get("position_embeddings")
@@ -77,6 +78,7 @@ def _wide(x: Tensor, kept: int, heads: int, old: int, sizes: tuple[int, ...]) ->
              for part in parts]
     return nn.Parameter(torch.cat([first, *grown]), requires_grad=x.requires_grad)
 
+# %% ../../nbs/33_model.layers.ipynb #ba3ddbf6
 def _projections(attn: Any, dims: MixerDims) -> list[tuple[str, int, tuple[int, ...]]]:
     "Layers that compute keys and values: name, rows before them, rows a head; or `ValueError`."
     key, value = dims.head_dim, dims.value_dim
@@ -92,7 +94,7 @@ def _projections(attn: Any, dims: MixerDims) -> list[tuple[str, int, tuple[int, 
                              f"{type(attn).__name__} has none; leave it out")
     return layers
 
-# %% ../../nbs/33_model.layers.ipynb #be51250e
+# %% ../../nbs/33_model.layers.ipynb #e9761ac4
 def expand_kv(attn: Any, dims: MixerDims) -> MixerDims:
     """Give `attn` a key and a value head for each query head; returns the new sizes.
 
@@ -115,6 +117,7 @@ def expand_kv(attn: Any, dims: MixerDims) -> MixerDims:
     if layers[0][0] == "qkv_proj": attn.num_key_value_heads = heads    # it cuts the outputs by it
     return replace(dims, num_kv_heads=heads)
 
+# %% ../../nbs/33_model.layers.ipynb #c3614091
 def linear_attention(
     attn: Any,  # an attention module of a teacher; it is taken over
     mixer: str,  # name of a mixer, perhaps with options
@@ -135,6 +138,7 @@ def _call_of(decoder: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     named = {name: value for name, value in list(bound.items())[1:] if name != "kwargs"}
     return named | bound.get("kwargs", {})
 
+# %% ../../nbs/33_model.layers.ipynb #8021be1b
 def _check_not_packed(call: dict[str, Any], mask: Tensor | None) -> None:
     "Raise `ValueError` if positions start again within a row."
     positions = call.get("position_ids")
@@ -145,6 +149,7 @@ def _check_not_packed(call: dict[str, Any], mask: Tensor | None) -> None:
         raise ValueError("packed rows are not supported: the state of a linear layer would run on "
                          "from one document into the next")
 
+# %% ../../nbs/33_model.layers.ipynb #e50a5f7c
 def _mask_hook(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     "Adds the keyword `linear_mask` to a call of `decoder`."
     call = _call_of(decoder, args, kwargs)
@@ -184,7 +189,7 @@ def check_full(attn: Any, rope: bool = True, logit_scale: float | None = None) -
         raise ValueError("logit_scale should be a number above 1, like HypeNet's 500, or None; "
                          f"got {logit_scale!r}")
 
-# %% ../../nbs/33_model.layers.ipynb #b54e3251
+# %% ../../nbs/33_model.layers.ipynb #e2cadd9f
 def _scaled(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
             scaled: Any = None, **kwargs):
     "The attention of `config`, with queries times `factor` `(1 or B, T)`."
@@ -198,6 +203,7 @@ def _scaled(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
 
 AttentionInterface.register("flashmorph_scaled", _scaled)
 
+# %% ../../nbs/33_model.layers.ipynb #a376bb3d
 class _FullHook:
     "Changes the keywords of an attention module on their way in."
     def __init__(self, attn: Any, rope: bool, logit_scale: float | None):
@@ -221,6 +227,7 @@ class _FullHook:
         else: factor = (t + self.logit_scale).log() / math.log(self.logit_scale)
         return args, kwargs | {"scaled": (factor, self.shared, self.eager)}
 
+# %% ../../nbs/33_model.layers.ipynb #b16cb0ce
 def adapt_full(attn: Any, rope: bool = True, logit_scale: float | None = None) -> None:
     """Fit `attn`, a teacher's attention module, for texts longer than those of the training.
 
