@@ -32,8 +32,6 @@ NOT_YET = {
     "nbs/60_choose.gates.ipynb",
     "nbs/61_choose.uniform.ipynb",
     "nbs/80_run.recipe.ipynb",
-    "nbs/tutorials/02_inside_the_gates.ipynb",
-    "nbs/tutorials/03_budget.ipynb",
     "nbs/tutorials/04_your_own_model.ipynb",
 }
 

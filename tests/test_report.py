@@ -17,7 +17,8 @@ from flashmorph.show.report import write_report
 from flashmorph.show.table import results_table
 from flashmorph.store import EventLog
 
-EVIL = "</script></pre><script>window.bad = 1</script><img src=x onerror='window.bad = 1'><b>&amp;[red]"
+EVIL = ("</script></pre><script>window.bad = 1</script><img src=x onerror='window.bad = 1'>"
+        "<b>&amp;[red]")
 SCORES = {"recall": 0.5, "exact": 0.25, "answer_nll": 1.5, "lm_nll": 2.5, "books": 4, "length": 64}
 
 
@@ -103,7 +104,8 @@ def test_every_stage_is_shown(tmp_path):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(results_table(results))
     terminal = console.export_text()
-    for name, recall in zip(("zero-shot", "distilled", "finetuned", "pruned more"), recalls.values()):
+    names = ("zero-shot", "distilled", "finetuned", "pruned more")
+    for name, recall in zip(names, recalls.values(), strict=True):
         share = f"{100 * recall:.1f}%"
         assert f"<b>{share}</b><span>recall of the hybrid, {name}</span>" in page
         assert f"<td>{share}</td>" in page and f'"name": "{name}"' in page
@@ -130,8 +132,9 @@ def test_a_broken_piece_costs_only_its_sections(tmp_path, name, how):
         file.write_text(changed[how])
     page = write_report(folder).read_text()
     expected = BROKEN[name]
-    if name == "recipe.toml" and how not in ("missing", "bytes"): expected = set()  # any text is shown
-    if name == "log.jsonl" and how == "cut": expected = set()                       # half a log too
+    # any text is shown as a recipe, and half a log as a log
+    if name == "recipe.toml" and how not in ("missing", "bytes"): expected = set()
+    if name == "log.jsonl" and how == "cut": expected = set()
     if how == "missing" and name in ("selection.json", "results.json"):
         expected = expected - {"Layers"}                          # each knows layers of its own
     assert set(left_out(page)) == expected

@@ -64,7 +64,8 @@ function recallMap(grid, width, say) {
   });
   const middle = { x: left + (step * cols) / 2, y: height - 4, "text-anchor": "middle" };
   svg.append(make("text", { ...middle, text: "length, tokens" }));
-  svg.append(upward(top + (lane * rows) / 2, "depth of the passkey"));
+  const high = lane * rows;
+  svg.append(upward(top + high / 2, high < 130 ? "depth" : "depth of the passkey"));
   return svg;
 }
 
