@@ -92,6 +92,23 @@ def names(node: Function | ast.ClassDef) -> set[str]:
     return {arg.arg for arg in arguments(node)}
 
 
+def methods_of(node: ast.ClassDef) -> list[tuple[str, Function]]:
+    "The public functions in the body of a class, by name."
+    return [(inner.name, inner) for inner in public(node.body)]
+
+
+def functions_as_methods(node: ast.ClassDef, source: str) -> list[tuple[str, Function]]:
+    "The module's functions that the body of a class takes as methods: `record = record`."
+    functions = {f.name: f for f in public(ast.parse(source).body)}
+    found = []
+    for line in node.body:
+        if not isinstance(line, ast.Assign) or not isinstance(line.value, ast.Name): continue
+        target, function = line.targets[0], functions.get(line.value.id)
+        if isinstance(target, ast.Name) and isinstance(function, Function):
+            found.append((target.id, function))
+    return found
+
+
 @dataclass(frozen=True)
 class Symbol:
     """A public function, class or method: its module, its name there, and where it is written.
@@ -118,10 +135,10 @@ class Symbol:
         "Of a class, those with a docstring or commented parameters."
         if not isinstance(self.node, ast.ClassDef): return []
         found = []
-        for node in public(self.node.body):
+        for called, node in [*methods_of(self.node), *functions_as_methods(self.node, self.source)]:
             if ast.get_docstring(node) or comments(node, self.source):
                 inner = self.parameters | names(node)
-                name = f"{self.name}.{node.name}"
+                name = f"{self.name}.{called}"
                 found.append(Symbol(self.module, name, node, self.source, inner))
         return found
 

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flashmorph.run.recipe import Recipe
-from flashmorph.run.pretrain import build_tokenizer
 from flashmorph.data.stories import Stories
+from flashmorph.run.pretrain import build_tokenizer
+from flashmorph.run.recipe import Recipe
 from flashmorph.train.fit import Callback
 
 
@@ -17,10 +17,14 @@ def save_teacher(folder: Path, family: str = "qwen3", tokenizer=None, **kwargs) 
     "A random decoder with a tokenizer (the bundled teacher's unless given), as a folder."
     tokenizer = tokenizer or build_tokenizer()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id), **kwargs})
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.1,
+    }
+    special = ("pad_token_id", "eos_token_id", "bos_token_id")
+    ids = {name: getattr(tokenizer, name) for name in special}
+    config = AutoConfig.for_model(family, **sizes | ids | kwargs)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -29,10 +33,15 @@ def save_teacher(folder: Path, family: str = "qwen3", tokenizer=None, **kwargs) 
 def other_tokenizer() -> PreTrainedTokenizerFast:
     "A byte-level BPE tokenizer with its own vocabulary and a beginning-of-text token."
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tok.train_from_iterator((Stories(9)[i] for i in range(50)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tok, **names)
 
 
 class Stop(Callback):
@@ -47,7 +56,11 @@ class Stop(Callback):
 
 def small_recipe(teacher: Path | str, **kwargs) -> Recipe:
     "A few steps of every stage."
-    return Recipe(**{**dict(
-        teacher=str(teacher), budget=2, text=dict(length=64), passkeys=dict(length=128, keys=2, words_per_key=2),
-        align=dict(steps=4, batch_size=2), gates=dict(steps=4, batch_size=2), distill=dict(steps=4, batch_size=2),
-        finetune=dict(steps=2), evaluate=dict(books=4)), **kwargs})
+    steps = {"steps": 4, "batch_size": 2}
+    settings = {
+        "teacher": str(teacher), "budget": 2, "text": {"length": 64},
+        "passkeys": {"length": 128, "keys": 2, "words_per_key": 2},
+        "align": dict(steps), "gates": dict(steps), "distill": dict(steps),
+        "finetune": {"steps": 2}, "evaluate": {"books": 4},
+    }
+    return Recipe(**settings | kwargs)
