@@ -203,8 +203,9 @@ def delta(memory: Memory, segment: Segment, S: Tensor) -> Delta:
 # %% ../../nbs/12_ops.chunked.ipynb #ca000024
 def _copied(memory: Memory, segment: Segment) -> Segment:
     q, k, v, decays, beta = segment
-    q, k, v = memory.copy("q", q), memory.copy("k", k), memory.copy("v", v)
-    return Segment(q, k, v, decays, memory.copy("beta", beta))
+    q, k = memory.copy("q", q), memory.copy("k", k)
+    v, beta = memory.copy("v", v), memory.copy("beta", beta)
+    return Segment(q, k, v, decays, beta)
 
 def gdn_forward(
     memory: Memory, segment: Segment, scale: float, S: Tensor,
@@ -247,7 +248,8 @@ def gdn_backward(
     q, k, v, (within, since, until), beta = segment
     found = delta(memory, segment, S)
     dR, after, d_start = _delta_gradients(memory, segment, found, do, dS)
-    since, until, beta = since[..., None], until[..., None], beta[..., None]
+    since, until = since[..., None], until[..., None]
+    beta = beta[..., None]
 
     # The products of the chunks: values, strengths, and the weights among tokens.
     dv = memory.mul("dv", dR, beta)

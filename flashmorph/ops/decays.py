@@ -183,7 +183,8 @@ def ladder(memory: Memory, q: Tensor, k: Tensor, since: Tensor) -> Ladder:
     C, b = q.shape[3], since.shape[4]
     total = since[..., -1, :]
     near, q, k = _foot(memory, q.unflatten(3, (-1, b)), k.unflatten(3, (-1, b)), since)
-    q, k, A = q.flatten(3, 4), k.flatten(3, 4), near[:, :, :, 0]
+    q, k = q.flatten(3, 4), k.flatten(3, 4)
+    A = near[:, :, :, 0]
     if b < C:
         A = memory.empty("A", *q.shape[:4], C).zero_()
         on_diagonal(A, b).copy_(near)

@@ -48,7 +48,8 @@ class WholeChunks:
     def __init__(self, memory: Memory, N: int, B: int, H: int, C: int, Dk: int, Dv: int):
         def room(name, width): return memory.empty(name, N, B, H, C, width)
         self.q_since, self.k_until = room("q since", Dk), room("k until", Dk)
-        self.v, self.o, self.A = room("v", Dv), room("o", Dv), room("near", C)
+        self.v, self.o = room("v", Dv), room("o", Dv)
+        self.A = room("near", C)
         self.since = memory.once(doubling, N, B, H, C, Dk, C)[0]
         self.total = self.since[..., -1:, :]
         states = memory.empty("before", N + 1, B, H, Dk, Dv)
@@ -73,17 +74,17 @@ class WholeChunks:
         for last, here, kept in self.steps: here.addcmul_(kept, last)
         # What comes from the states, then what comes from within the chunks.
         torch.bmm(self.flat_q, self.before, out=self.flat_o)
-        o, A, v = self.flat_o, self.flat_A, self.flat_v
-        torch.baddbmm(o, A, v, beta=scale, alpha=scale, out=o)
+        o = self.flat_o
+        torch.baddbmm(o, self.flat_A, self.flat_v, beta=scale, alpha=scale, out=o)
         return self.o, self.states[-1].clone()
 
 def gla_forward_fast(
     memory: Memory, segment: Segment, scale: float, S: Tensor,
 ) -> tuple[Tensor, Tensor]:
     "`gla_forward`, by `WholeChunks` where `segment.decays` allow."
-    q, v, since = segment.q, segment.v, segment.decays
+    q, since = segment.q, segment.decays
     if since.shape[4] == q.shape[3] > 1:            # a single token's decay is not divided by
-        return memory.once(WholeChunks, *q.shape, v.shape[4])(segment, scale, S)
+        return memory.once(WholeChunks, *q.shape, segment.v.shape[4])(segment, scale, S)
     return gla_forward(memory, segment, scale, S)
 
 # %% ../../nbs/13_ops.fast.ipynb #84731ebb

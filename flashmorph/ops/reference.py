@@ -16,6 +16,8 @@ def _expect(name: str, x: Tensor, *allowed: tuple[int, ...]) -> None:
     shapes = " or ".join(map(str, allowed))
     raise ValueError(f"{name} should have shape {shapes}, got {tuple(x.shape)}")
 
+def _sizes(x: Tensor, *axes: int) -> tuple[int, ...]: return tuple(x.shape[i] for i in axes)
+
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, state: Tensor | None,
            log_decay: Tensor, *shapes: tuple[int, ...]) -> float:
     """Check what the ops have in common, and return the scale.
@@ -30,7 +32,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, state: Tensor |
     if v.ndim != 4: raise ValueError(f"v should be (B, T, H, Dv), got shape {tuple(v.shape)}")
     Dv = v.shape[3]
     _expect("v", v, (B, T, H, Dv))
-    _expect("log_decay", log_decay, *(tuple(q.shape[i] for i in shape) for shape in shapes))
+    allowed = [_sizes(q, *shape) for shape in shapes]
+    _expect("log_decay", log_decay, *allowed)
     if state is not None: _expect("state", state, (B, H, Dk, Dv))
     # Decays, where looking is free; a comparison with NaN is false, so NaN passes.
     look = log_decay.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -12,25 +12,13 @@ import torch
 from ..choose.gates import train_gates
 from ..model.morph import MorphableModel, morph
 from ..model.teacher import load_teacher
-from ..ops.bench import machine, peak_bytes, timed
+from ..ops.meter import check_device, machine, peak_bytes, timed
 from ..settings import Settings, setting
 from ..train.fit import Callback
 
 # %% auto #0
-__all__ = ['Rows', 'check_device', 'GateBench', 'bench_rows', 'forward_passes', 'contenders', 'take_turns', 'in_kernel',
-           'median_ratio', 'described', 'summed', 'gates_lines', 'bench_gates']
-
-# %% ../../nbs/84_run.bench.ipynb #b65271b0
-def check_device(device: str) -> str:
-    "`device` if PyTorch can compute on it here; `ValueError` with the devices that are there."
-    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    name, _, number = str(device).partition(":")
-    if name == "cuda" and name not in there:
-        raise ValueError("device: no CUDA device here; use device='cpu'")
-    count = torch.cuda.device_count() if name == "cuda" else 1
-    if name not in there or (number and not (number.isdecimal() and int(number) < count)):
-        raise ValueError(f"device: expected one of {', '.join(there)}, got {device!r}")
-    return device
+__all__ = ['Rows', 'GateBench', 'bench_rows', 'forward_passes', 'contenders', 'take_turns', 'in_kernel', 'median_ratio',
+           'described', 'summed', 'gates_lines', 'bench_gates']
 
 # %% ../../nbs/84_run.bench.ipynb #dbdbe650
 @dataclass(frozen=True, kw_only=True)

@@ -270,7 +270,7 @@ def bench_ops(
     "Every form of every op and its peers, forward and backward: time, ratio, memory, share."
     import torch
     from flashmorph.ops.bench import bench_lines, bench_ops as run_bench
-    from flashmorph.run.bench import check_device
+    from flashmorph.ops.meter import check_device
     with plain_errors():
         result = run_bench(
             ops.split(","), whole_numbers("--lengths", lengths), B=batch, H=heads, D=dim,
