@@ -22,7 +22,6 @@ NOT_YET = {
     "nbs/60_choose.gates.ipynb",
     "nbs/61_choose.uniform.ipynb",
     "nbs/80_run.recipe.ipynb",
-    "nbs/tutorials/04_your_own_model.ipynb",
 }
 
 
