@@ -15,7 +15,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 from browser import chromium, open_page
-from notebooks import NOT_YET
+from notebooks import CHAPTERS, NOT_YET, is_imports, lines_of
 
 import flashmorph
 
@@ -252,15 +252,23 @@ def test_a_code_cell_holds_100_columns_at_1300_pixels(looks):
     assert min(room) >= 100
 
 
-def not_set_yet(site: Path) -> set[Path]:
-    "The pages of the notebooks that are not set yet."
-    names = [re.sub(r"\b\d+_", "", name).removeprefix("nbs/") for name in NOT_YET]
-    return {(site / name).with_suffix(".html") for name in names}
+def page_of(site: Path, notebook: str) -> Path:
+    "The page of a notebook: without the number."
+    name = re.sub(r"\b\d+_", "", notebook.removeprefix("nbs/"))
+    return (site / name).with_suffix(".html")
+
+
+@pytest.mark.parametrize("nb", CHAPTERS, ids=lambda nb: nb.name)
+def test_exported_cells_of_up_to_25_lines_are_not_folded(site, nb):
+    text = page_of(site, nb.name).read_text(encoding="utf-8")
+    cells = [source for source in nb.exported if not is_imports(source)]
+    folded = [source for source in cells if len(lines_of(source)) > 25]
+    assert text.count('<details class="admonition hide above-input">') == len(folded)
 
 
 def test_no_code_is_cut_at_1300_pixels(site, looks):
     "On pages of notebooks that are set; see `NOT_YET`."
-    set_pages = looks.keys() - not_set_yet(site)
+    set_pages = looks.keys() - {page_of(site, name) for name in NOT_YET}
     assert not {page.name: looks[page]["cut"] for page in set_pages if looks[page]["cut"]}
 
 
