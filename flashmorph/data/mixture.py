@@ -11,7 +11,7 @@ import torch
 from .stories import digest, state_value
 
 # %% auto #0
-__all__ = ['check_weights', 'Mixture', 'fingerprint', 'whole_number', 'stack', 'batches']
+__all__ = ['check_weights', 'fingerprint', 'Mixture', 'whole_number', 'stack', 'batches']
 
 # %% ../../nbs/24_data.mixture.ipynb #9f549c32
 def check_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -22,6 +22,11 @@ def check_weights(weights: Sequence[float], count: int) -> list[float]:
     if count and len(found) == count and good and sum(found) > 0: return found
     raise ValueError("expected at least one stream and as many weights, finite numbers >= 0, "
                      f"not all 0; got {count} streams and weights {weights}")
+
+# %% ../../nbs/24_data.mixture.ipynb #7f8c03f9
+def fingerprint(stream: Any) -> str:
+    "The fingerprint of a stream; the name of its class, if it has none."
+    return stream.fingerprint() if hasattr(stream, "fingerprint") else type(stream).__name__
 
 # %% ../../nbs/24_data.mixture.ipynb #1897f8db
 class Mixture:
@@ -43,9 +48,11 @@ class Mixture:
         rows = [iter(stream) for stream in self.streams]
         shape = None
         while True:
+            # which stream is next
             rng = random.Random(f"mixture {self.seed} {self.index}")
             drawn = rng.choices(range(len(rows)), self.weights)[0]
             self.index += 1
+            # its next row
             row = next(rows[drawn], None)
             if row is None: return
             shape = shape or row["input_ids"].shape
@@ -71,11 +78,6 @@ class Mixture:
         streams = [fingerprint(stream) for stream in self.streams]
         return digest("mixture", streams, self.weights, self.seed)
 
-
-def fingerprint(stream: Any) -> str:
-    "The fingerprint of a stream; the name of its class, if it has none."
-    return stream.fingerprint() if hasattr(stream, "fingerprint") else type(stream).__name__
-
 # %% ../../nbs/24_data.mixture.ipynb #bd4e72d8
 def whole_number(name: str, value: Any, low: int = 1) -> int:
     "`value` as an integer; `ValueError` with its `name` for anything else, or less than `low`."
@@ -85,12 +87,13 @@ def whole_number(name: str, value: Any, low: int = 1) -> int:
         raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
     return number
 
-
+# %% ../../nbs/24_data.mixture.ipynb #0c465930
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """One batch of `rows`: what has length `(length,)` in a row is `(len(rows), length)`.
 
     Raises `ValueError` for no row and for rows of different keys or lengths, `TypeError` for what
     is no row."""
+    # are these rows, and alike?
     for row in rows:
         if not isinstance(row, Mapping):
             raise TypeError("a row is a dict of tensors, such as 'input_ids'; "
@@ -99,6 +102,7 @@ def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             raise ValueError("the rows of a batch need the same keys, "
                              f"got {sorted(rows[0])} and {sorted(row)}")
     if not rows: raise ValueError("a batch needs at least one row")
+    # a tensor of each key
     batch = {}
     for key in rows[0]:
         parts = [torch.as_tensor(row[key]) for row in rows]

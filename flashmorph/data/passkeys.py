@@ -107,7 +107,7 @@ def ends_sentence(text: str) -> bool:
     "Whether the last character of `text` ends a sentence, quotes and spaces behind it aside."
     return text.rstrip().rstrip(CLOSERS).endswith(tuple(END_MARKS))
 
-
+# %% ../../nbs/25_data.passkeys.ipynb #7f98497e
 class SentenceEnds:
     "Where sentences end in the tokens of `tokenizer`."
     def __init__(self, tokenizer: Any):

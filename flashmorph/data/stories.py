@@ -89,7 +89,7 @@ def digest(*facts: Any) -> str:
     written = json.dumps(facts, sort_keys=True).encode()
     return blake2b(written, digest_size=8).hexdigest()
 
-
+# %% ../../nbs/20_data.stories.ipynb #b0813109
 def state_value(state: Any, key: str, *kinds: type) -> Any:
     "`state[key]`, of one of `kinds` (an integer >= 0 if none); `ValueError` for a damaged state."
     known = kinds or (int,)

@@ -36,7 +36,7 @@ def check_tokenizer(tokenizer: Any, *names: str) -> None:
     raise TypeError("tokenizer: expected one of transformers, or an object called like one, "
                     f"with {' and '.join(names)}; got {type(tokenizer).__name__}")
 
-
+# %% ../../nbs/23_data.text.ipynb #2fa0709a
 def encode(tokenizer: Any, text: str) -> list[int]:
     "The token ids of `text` without special tokens. Raises `ValueError` if the tokenizer fails."
     try: return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -55,6 +55,7 @@ def token_documents(tokenizer: Any, docs: Documents | StoryDocuments,
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     empty = 0
     while empty < 2:
+        # one pass over the documents
         empty += 1
         docs.set_epoch(epoch)
         place = {"docs": docs.state_dict(), "epoch": epoch}

@@ -15,7 +15,7 @@ from .evaluate import HELD_OUT, token_scores
 from ..results import RecallGrid
 
 # %% auto #0
-__all__ = ['answer_depths', 'answers_by_depth', 'recall_map', 'checked_lengths', 'grid_of']
+__all__ = ['answer_depths', 'answers_by_depth', 'grid_of', 'checked_lengths', 'recall_map']
 
 # %% ../../nbs/52_measure.recall.ipynb #d610ff6a
 def answer_depths(input_ids: Tensor, answers: Tensor) -> dict[int, float]:
@@ -49,39 +49,7 @@ def answers_by_depth(model: nn.Module, books: Iterable[dict[str, Tensor]], batch
             for number, depth in answer_depths(row, marks).items():
                 yield depth, shares[marks == number].mean().item()
 
-# %% ../../nbs/52_measure.recall.ipynb #629b53ba
-def recall_map(model: nn.Module, tokenizer: Any, lengths: Sequence[int] = (128, 256, 512),
-               depths: int = 5, *, books: int = 32, keys: int = 2, words_per_key: int = 6,
-               batch_size: int = 8, seed: int = HELD_OUT, **source: Any) -> RecallGrid:
-    """The `RecallGrid` of `model` from `books` held-out passkey books of each of `lengths`.
-
-    Each book asks for `keys` passkeys; `source` and its settings are those of `SourceConfig`.
-    Deterministic for a `seed`. Raises `ValueError` if a length cannot hold the passkeys, and for
-    fewer than one depth or length."""
-    depths = whole_number("depths", depths)
-    count = whole_number("books", books)
-    lengths = checked_lengths(lengths)
-    task = {"keys": keys, "words_per_key": words_per_key, "seed": seed, **source}
-    columns = [passkeys(tokenizer, length=n, held_out=True, **task) for n in lengths]
-    cells = defaultdict(list)
-    training = model.training
-    model.eval()
-    try:
-        for n, rows in enumerate(columns):
-            for depth, right in answers_by_depth(model, rows, batch_size, count):
-                cells[min(depths - 1, int(depth * depths)), n].append(right)
-    finally: model.train(training)
-    return grid_of(lengths, depths, cells)
-
-
-def checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
-    "`lengths` as integers; `ValueError` for none, and for what is no list."
-    found = tuple(lengths) if isinstance(lengths, Iterable) else ()
-    if not found:
-        raise ValueError(f"lengths: expected at least one length, in a list; got {lengths!r}")
-    return tuple(whole_number("lengths", length) for length in found)
-
-
+# %% ../../nbs/52_measure.recall.ipynb #35468a1e
 def grid_of(lengths: tuple[int, ...], depths: int,
             cells: Mapping[tuple[int, int], list[float]]) -> RecallGrid:
     "Mean and number of the values in each cell `(depth, length)`; cells without values may miss."
@@ -91,3 +59,37 @@ def grid_of(lengths: tuple[int, ...], depths: int,
         recall.append(tuple(sum(cell) / len(cell) if cell else None for cell in row))
         counts.append(tuple(map(len, row)))
     return RecallGrid(lengths, tuple(recall), tuple(counts))
+
+# %% ../../nbs/52_measure.recall.ipynb #3d7acf0b
+def checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    "`lengths` as integers; `ValueError` for none, and for what is no list."
+    found = tuple(lengths) if isinstance(lengths, Iterable) else ()
+    if not found:
+        raise ValueError(f"lengths: expected at least one length, in a list; got {lengths!r}")
+    return tuple(whole_number("lengths", length) for length in found)
+
+# %% ../../nbs/52_measure.recall.ipynb #629b53ba
+def recall_map(model: nn.Module, tokenizer: Any, lengths: Sequence[int] = (128, 256, 512),
+               depths: int = 5, *, books: int = 32, keys: int = 2, words_per_key: int = 6,
+               batch_size: int = 8, seed: int = HELD_OUT, **source: Any) -> RecallGrid:
+    """The `RecallGrid` of `model` from `books` held-out passkey books of each of `lengths`.
+
+    Each book asks for `keys` passkeys; `source` and its settings are those of `SourceConfig`.
+    Deterministic for a `seed`. Raises `ValueError` if a length cannot hold the passkeys, and for
+    fewer than one depth or length."""
+    # everything that can be wrong is found before anything is read
+    depths = whole_number("depths", depths)
+    count = whole_number("books", books)
+    lengths = checked_lengths(lengths)
+    task = {"keys": keys, "words_per_key": words_per_key, "seed": seed, **source}
+    columns = [passkeys(tokenizer, length=n, held_out=True, **task) for n in lengths]
+    # each answer to its cell
+    cells = defaultdict(list)
+    training = model.training
+    model.eval()
+    try:
+        for n, rows in enumerate(columns):
+            for depth, right in answers_by_depth(model, rows, batch_size, count):
+                cells[min(depths - 1, int(depth * depths)), n].append(right)
+    finally: model.train(training)
+    return grid_of(lengths, depths, cells)
