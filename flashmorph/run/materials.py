@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 from transformers import PreTrainedModel
-from ..data.mixture import Mixture
+from ..data.mixture import Mixture, fingerprint
 from ..data.passkeys import Passkeys, passkeys
 from ..data.files import SourceConfig
-from ..data.text import text
+from ..data.text import text, tokenizer_fingerprint
 from ..ledger import Facts
 from ..model.hosts import attention_modules
 from ..model.layers import check_full
@@ -22,8 +22,8 @@ from ..selection import check_budget
 from ..store import checksum
 
 # %% auto #0
-__all__ = ['Materials', 'check_lengths', 'streams', 'check_materials', 'short_hash', 'model_fingerprint', 'tokenizer_fingerprint',
-           'stream_fingerprint', 'table_facts', 'recipe_facts', 'searched_facts', 'repaired_facts', 'stage_facts']
+__all__ = ['Materials', 'check_lengths', 'streams', 'check_materials', 'short_hash', 'model_fingerprint', 'table_facts',
+           'recipe_facts', 'searched_facts', 'repaired_facts', 'stage_facts']
 
 # %% ../../nbs/81_run.materials.ipynb #f1406d86
 class Materials:
@@ -100,16 +100,6 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     for name in ("_name_or_path", "transformers_version"): config.pop(name, None)
     return short_hash(checksum(weights), json.dumps(config, sort_keys=True, default=str))
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    "A short hash of a tokenizer: its vocabulary, and how it cuts texts if it is a fast one."
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return short_hash(vocabulary, "" if backend is None else backend.to_str())
-
-def stream_fingerprint(stream: Any) -> Any:
-    "A short hash of what the rows of a stream depend on."
-    return stream.fingerprint() if hasattr(stream, "fingerprint") else None
-
 # %% ../../nbs/81_run.materials.ipynb #00d267da
 def table_facts(recipe: Recipe, *names: str) -> Facts:
     "The settings of tables by their full names, but for paths and bookkeeping."
@@ -135,9 +125,9 @@ def searched_facts(materials: Materials) -> tuple[Facts, Facts]:
         **table_facts(recipe, "text", *mixed, "align"),
         "the teacher's weights": model_fingerprint(materials.teacher),
         "the tokenizer": tokenizer_fingerprint(materials.tokenizer),
-        "the text": stream_fingerprint(materials.rows(recipe.seed)),
+        "the text": fingerprint(materials.rows(recipe.seed)),
     }
-    books = stream_fingerprint(materials.books(recipe.seed))
+    books = fingerprint(materials.books(recipe.seed))
     gated = {**table_facts(recipe, "passkeys", "gates"), "the books": books}
     return aligned, {**aligned, **gated}
 
