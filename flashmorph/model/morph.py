@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flashmorph.model.branches import (
     MorphLayer, after_each, branch_error, check_rows, finish, share,
 )
-from .hosts import attention_modules, check_host
+from .hosts import Site, check_host
 from .hybrid import HybridConfig, HybridForCausalLM
 from .layers import adapt_full, hand_mask_down, linear_attention
 from .mixers import mixer_spec
@@ -27,12 +27,12 @@ __all__ = ['BRANCHES', 'NO_CACHE', 'GatedModel', 'add_branches', 'morph_layers',
            'commit', 'never_random', 'describe', 'MorphableModel', 'morph']
 
 # %% ../../nbs/36_model.morph.ipynb #efaedbd1
-def add_branches(host: PreTrainedModel, mixer: str) -> None:
-    "Put a `MorphLayer` in place of every attention module of `host`."
-    for name, attn in attention_modules(host):
+def add_branches(host: PreTrainedModel, mixer: str, sites: Sequence[Site]) -> None:
+    "Put a `MorphLayer` in place of every attention module of `host`; `sites` say where they are."
+    for name, _, dims in sites:
+        attn = host.get_submodule(name)
         branch = copy.deepcopy(attn).requires_grad_(True)
-        linear = linear_attention(branch, mixer, host.config)
-        host.set_submodule(name, MorphLayer(attn, linear))
+        host.set_submodule(name, MorphLayer(attn, linear_attention(branch, mixer, dims)))
     hand_mask_down(host)
 
 def morph_layers(host: nn.Module) -> list[MorphLayer]:
@@ -287,7 +287,7 @@ def morph(
     if not isinstance(teacher, PreTrainedModel):
         kind = type(teacher).__name__
         raise TypeError(f"teacher should be a transformers model, got {kind}")
-    check_host(teacher)
+    sites = check_host(teacher)
     host = share(teacher)
-    add_branches(host, spec)
+    add_branches(host, spec, sites)
     return MorphableModel(host, spec).train(teacher.training)
