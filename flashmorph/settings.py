@@ -130,7 +130,7 @@ def expected(kind: Any, rule: Rule) -> str:
     if typing.get_origin(kind) is tuple:
         count = "" if arguments[-1] is ... else f"{len(arguments)} "
         return f"a list of {count}{MANY.get(arguments[0], 'values')} {rule.words()}".strip()
-    name: str = WORDS.get(kind) or getattr(kind, "__name__", "")
+    name = str(WORDS.get(kind) or getattr(kind, "__name__", kind))
     return f"{name} {rule.words()}".strip() if kind in (int, float) else name
 
 # %% ../nbs/03_settings.ipynb #4ab38c81

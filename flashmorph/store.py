@@ -15,8 +15,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['NOFOLLOW', 'META', 'sync', 'write_aside', 'read_json', 'Damaged', 'read_tensors', 'check_tensors', 'load_strict',
-           'read_event', 'EventLog', 'write_lines', 'mend', 'append_line', 'checksum', 'bytes_of', 'Checkpoints',
-           'read_meta', 'nearest']
+           'read_event', 'write_lines', 'read_lines', 'mend', 'append_line', 'EventLog', 'checksum', 'bytes_of',
+           'checkpoint_files', 'Checkpoints', 'read_meta', 'nearest']
 
 # %% ../nbs/00_store.ipynb #afa0aa26
 def sync(path: Path) -> None:
@@ -143,56 +143,27 @@ def read_event(line: bytes) -> dict[str, Any]:
         raise ValueError(f"expected a step >= 0, got {step!r}")
     return event
 
-# %% ../nbs/00_store.ipynb #832b8ab1
-class EventLog:
-    "Append-only `log.jsonl`: one JSON object a line, each with its `stage` and `step`."
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.begun = False              # has this object written to the file?
-
-    def lines(self) -> list[bytes]:
-        "The whole lines, and an unfinished last line if it holds an event."
-        if not self.path.exists(): return []
-        *lines, last = self.path.read_bytes().split(b"\n")
-        with contextlib.suppress(ValueError):
-            read_event(last)
-            lines.append(last)
-        return lines
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(self.lines(), 1):
-            try: yield read_event(line)
-            except ValueError as error:
-                raise ValueError(f"{self.path}, line {number}: no event: {error}") from None
-
-    def append(self, event: dict[str, Any]) -> None:
-        "Write one event. Raises `OSError` if the folder, or a log written before, has vanished."
-        if not self.begun: mend(self)
-        append_line(self.path, json.dumps(event).encode(), create=not self.begun)
-        self.begun = True
-
-    def stage(self, stage: str) -> list[dict[str, Any]]:
-        "The events of one stage."
-        return [event for event in self if event["stage"] == stage]
-
-    def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
-        "Drop the events of `stage` after `step`; return those of the stage that stay."
-        pairs = list(zip(self, self.lines(), strict=True))
-        kept = [(e, line) for e, line in pairs if e["stage"] != stage or e["step"] <= step]
-        if len(kept) < len(pairs): write_lines(self.path, [line for _, line in kept])
-        return [event for event, _ in kept if event["stage"] == stage]
-
-
+# %% ../nbs/00_store.ipynb #254523a0
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
     "Write a whole log anew."
     content = b"".join(line + b"\n" for line in lines)
     write_aside(path, lambda p: p.write_bytes(content))
 
 
-def mend(log: EventLog) -> None:
-    "End a log with a whole line, so that the next event begins one."
-    content = log.path.read_bytes() if log.path.exists() else b""
-    if content and not content.endswith(b"\n"): write_lines(log.path, log.lines())
+def read_lines(path: Path) -> list[bytes]:
+    "The whole lines of a log, and an unfinished last line if it holds an event."
+    if not path.exists(): return []
+    *lines, last = path.read_bytes().split(b"\n")
+    with contextlib.suppress(ValueError):
+        read_event(last)
+        lines.append(last)
+    return lines
+
+
+def mend(path: Path) -> None:
+    "End a log with a whole line, so that the next event begins a line."
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"): write_lines(path, read_lines(path))
 
 
 def append_line(path: Path, line: bytes, create: bool) -> None:
@@ -204,6 +175,36 @@ def append_line(path: Path, line: bytes, create: bool) -> None:
         reason = f"{error.strerror}; has it been moved, deleted or replaced by a link?"
         raise OSError(f"could not write to {path}: {reason}") from error
 
+# %% ../nbs/00_store.ipynb #832b8ab1
+class EventLog:
+    "Append-only `log.jsonl`: one JSON object a line, each with its `stage` and `step`."
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.begun = False              # has this object written to the file?
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(read_lines(self.path), 1):
+            try: yield read_event(line)
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number}: no event: {error}") from None
+
+    def append(self, event: dict[str, Any]) -> None:
+        "Write one event. Raises `OSError` if the folder, or a log written before, has vanished."
+        if not self.begun: mend(self.path)
+        append_line(self.path, json.dumps(event).encode(), create=not self.begun)
+        self.begun = True
+
+    def stage(self, stage: str) -> list[dict[str, Any]]:
+        "The events of one stage."
+        return [event for event in self if event["stage"] == stage]
+
+    def rewind(self, stage: str, step: int) -> list[dict[str, Any]]:
+        "Drop the events of `stage` after `step`; return those of the stage that stay."
+        pairs = list(zip(self, read_lines(self.path), strict=True))
+        kept = [(e, line) for e, line in pairs if e["stage"] != stage or e["step"] <= step]
+        if len(kept) < len(pairs): write_lines(self.path, [line for _, line in kept])
+        return [event for event, _ in kept if event["stage"] == stage]
+
 # %% ../nbs/00_store.ipynb #f4708891
 META = "flashmorph.meta"
 
@@ -214,13 +215,24 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 def bytes_of(value: Any) -> Tensor:
     "A value as JSON in a tensor of bytes."
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+# %% ../nbs/00_store.ipynb #e6571ad2
+def checkpoint_files(folder: Path) -> list[Path]:
+    "The checkpoints in a folder, oldest first. Raises `ValueError` for links."
+    found: dict[int, Path] = {}
+    for path in folder.glob("step-*.safetensors"):
+        match = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
+        if match: found[int(match[1])] = path
+    for path in (folder, *found.values()):
+        if path.is_symlink(): raise ValueError(f"{path} is a link: move it out of the run")
+    return [found[step] for step in sorted(found)]
 
 # %% ../nbs/00_store.ipynb #bd1f42d4
 class Checkpoints:
@@ -230,13 +242,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         "The files, oldest first. Raises `ValueError` if one of them, or the folder, is a link."
-        found: dict[int, Path] = {}
-        for path in self.folder.glob("step-*.safetensors"):
-            match = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
-            if match: found[int(match[1])] = path
-        for path in (self.folder, *found.values()):
-            if path.is_symlink(): raise ValueError(f"{path} is a link: move it out of the run")
-        return [found[step] for step in sorted(found)]
+        return checkpoint_files(self.folder)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
         "Write the checkpoint of `step`, then remove the oldest."

@@ -8,29 +8,56 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-import torch
+from torch import Tensor
+from ..data.batches import check_tokens, real_tokens
 from ..folder import Run
-from ..settings import setting, takes
-from .fit import MOST, Callback, FitConfig, FitResult, Objective, fit, stage_settings
+from ..model.logits import host_of
 from ..model.morph import MorphableModel
+from ..settings import setting, takes
+from .fit import fit
+from flashmorph.train.objective import (
+    MOST, Callback, FitConfig, FitResult, Objective, flags_kept, stage_settings,
+)
 
 # %% auto #0
-__all__ = ['AlignObjective', 'AlignConfig', 'align']
+__all__ = ['vocabulary', 'AlignObjective', 'AlignConfig', 'align']
 
 # %% ../../nbs/42_train.align.ipynb #5d6185d5
+def vocabulary(model: Any) -> int:
+    "How many token ids a model knows."
+    embedding: Any = host_of(model).get_input_embeddings()
+    return len(embedding.weight)
+
+
 class AlignObjective(Objective):
-    "Mean over layers of the distance between linear and full branch, on the teacher's own hidden states."
+    """Mean over layers of the distance between linear and full branch.
+
+    Both branches see the teacher's own hidden states. Raises `TypeError` unless the model has
+    both branches."""
     def __init__(self, model: MorphableModel, relative: bool = True):
         super().__init__()
+        if not isinstance(model, MorphableModel):
+            raise TypeError(f"expected a morphable model (see morph), got {type(model).__name__}")
         self.model, self.relative = model, relative
         model.requires_grad_(False)
         for layer in model.layers: layer.linear.requires_grad_(True)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
-        losses = self.model.alignment_losses(batch["input_ids"], batch.get("attention_mask"), relative=self.relative)
-        return losses.mean(), {"layers": [round(x, 6) for x in losses.tolist()]}
+    def check(self, batch: dict[str, Tensor]) -> None: check_tokens(batch, vocabulary(self.model))
 
-# %% ../../nbs/42_train.align.ipynb #6daf5e37
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        return {"tokens": int(real_tokens(batch).sum())}
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        losses = self.model.alignment_losses(ids, mask, relative=self.relative)
+        layers = [round(loss, 6) for loss in losses.tolist()]
+        return losses.mean() * self.share("tokens"), {"layers": layers}
+
+    def frozen(self) -> dict[str, Tensor]:
+        "The teacher's weights; the gates play no part."
+        return {k: v for k, v in super().frozen().items() if not k.endswith(".alpha")}
+
+# %% ../../nbs/42_train.align.ipynb #d6d8b146
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(FitConfig):
     """Settings of stage 1: those of `FitConfig`, and whether errors are `relative`.
@@ -39,14 +66,14 @@ class AlignConfig(FitConfig):
     table = "align"
     steps: int = setting(500, low=0, high=MOST)
     lr_end: float | None = setting(1e-5, low=0, high=100)
-    warmup: int = setting(50, low=0, high=MOST)         # at most `steps`
+    warmup: int = setting(50, low=0, high=MOST)                 # at most `steps`
     relative: bool = True
 
-# %% ../../nbs/42_train.align.ipynb #b13eaf76
+# %% ../../nbs/42_train.align.ipynb #6daf5e37
 @takes(AlignConfig)
 def align(
     model: MorphableModel,
-    data: Iterable[dict[str, torch.Tensor]],  # rows {"input_ids": (T,), ["attention_mask": (T,)]}
+    data: Iterable[dict[str, Tensor]],  # rows {"input_ids": (T,), ["attention_mask": (T,)]}
     config: AlignConfig | Mapping[str, Any] | None = None,
     *,
     run: Run | str | Path | None = None,
@@ -61,11 +88,11 @@ def align(
 
     Settings are the fields of `AlignConfig`, as keywords or ready made. Each event of the result
     has `layers`, the L losses of that step. The paper uses 320M tokens of length 512.
-    `run`, `resume`, `facts` and errors are those of `fit`."""
+    `run`, `resume`, `facts` and errors are those of `fit`; `TypeError` for other models."""
     config, run = stage_settings(AlignConfig, config, settings, run)
     config = replace(config, warmup=min(config.warmup, config.steps))
-    objective = AlignObjective(model, config.relative)
-    try:
+    with flags_kept(model):
+        objective = AlignObjective(model, config.relative)
+        known = {"mixer": model.mixer, **(facts or {})}
         return fit(objective, data, config, stage=stage, run=run, resume=resume,
-                   callbacks=callbacks, progress=progress, facts={"mixer": model.mixer, **(facts or {})})
-    finally: model.requires_grad_(False)
+                   callbacks=callbacks, progress=progress, facts=known)

@@ -10,59 +10,98 @@ from pathlib import Path
 from typing import Any
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from ..model.hybrid import HybridForCausalLM
-from ..model.logits import chunked_mean, hidden_states, host_of, logits_from_hidden, valid
+from ..data.batches import check_tokens
 from ..folder import Run
+from ..model.hybrid import HybridForCausalLM
+from flashmorph.model.logits import (
+    chunked_mean, hidden_states, host_of, logits_from_hidden, valid,
+)
 from ..settings import setting, takes
-from .fit import MOST, Callback, FitConfig, FitResult, Objective, fit, stage_settings
+from .align import vocabulary
+from .fit import fit
+from flashmorph.train.objective import (
+    MOST, Callback, FitConfig, FitResult, Objective, flags_kept, stage_settings, thaw,
+)
 
 # %% auto #0
-__all__ = ['DistillObjective', 'NextTokenObjective', 'DistillConfig', 'FinetuneConfig', 'distill', 'finetune']
+__all__ = ['DistillObjective', 'NextTokenObjective', 'DistillConfig', 'hybrid_facts', 'distill', 'FinetuneConfig', 'finetune']
 
 # %% ../../nbs/43_train.distill.ipynb #fe8c08be
 class DistillObjective(Objective):
-    "KL from the frozen teacher to the hybrid, mean over valid tokens; every weight of the hybrid trains."
+    "KL from the frozen teacher to the hybrid, mean over valid tokens."
     def __init__(self, hybrid: nn.Module, teacher: PreTrainedModel, temperature: float = 1.0):
         super().__init__()
-        if temperature <= 0: raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
-        sizes = [host_of(m).config.vocab_size for m in (hybrid, teacher)]
-        if sizes[0] != sizes[1]: raise ValueError(f"teacher and hybrid must share a vocabulary: got {sizes[1]} and {sizes[0]} tokens")
-        self.hybrid, self.teacher, self.temperature, self.vocab_size = hybrid, teacher.eval().requires_grad_(False), temperature, sizes[0]
-        hybrid.requires_grad_(True)
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
+        self.vocab_size, theirs = (host_of(m).config.vocab_size for m in (hybrid, teacher))
+        if self.vocab_size != theirs:
+            raise ValueError("teacher and hybrid must share a vocabulary: "
+                             f"got {theirs} and {self.vocab_size} tokens")
+        self.hybrid, self.temperature = hybrid, temperature
+        self.teacher = teacher.eval().requires_grad_(False)
+        thaw(hybrid)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def check(self, batch: dict[str, Tensor]) -> None: check_tokens(batch, vocabulary(self.hybrid))
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        return {"tokens": int(valid(batch).sum())}
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
         where = valid(batch)
-        with torch.no_grad(): target = hidden_states(self.teacher, batch["input_ids"], batch.get("attention_mask"))[where]
-        student = hidden_states(self.hybrid, batch["input_ids"], batch.get("attention_mask"))[where]
-        with logits_from_hidden(self.teacher) as teacher_logits, logits_from_hidden(self.hybrid) as student_logits:
-            def kl(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                with torch.no_grad(): p = F.log_softmax(teacher_logits(t).float() / self.temperature, -1)
-                q = F.log_softmax(student_logits(s).float() / self.temperature, -1)
-                return F.kl_div(q, p, reduction="sum", log_target=True) * self.temperature ** 2
-            return chunked_mean(kl, self.vocab_size, student, target), {}
+        with torch.no_grad(): target = hidden_states(self.teacher, ids, mask)[where]
+        student = hidden_states(self.hybrid, ids, mask)[where]
+        tau = self.temperature
+        with logits_from_hidden(self.teacher) as theirs, logits_from_hidden(self.hybrid) as ours:
 
+            def kl(s: Tensor, t: Tensor) -> Tensor:
+                with torch.no_grad(): p = F.log_softmax(theirs(t).float() / tau, -1)
+                q = F.log_softmax(ours(s).float() / tau, -1)
+                return F.kl_div(q, p, reduction="sum", log_target=True) * tau**2
 
+            loss = chunked_mean(kl, self.vocab_size, student, target)
+        return loss * self.share("tokens"), {}
+
+# %% ../../nbs/43_train.distill.ipynb #b4ca3dcb
 class NextTokenObjective(Objective):
-    "Next-token cross-entropy, mean over valid tokens, plus `answer_weight` times its mean over answer tokens where rows have them."
+    """Next-token cross-entropy, mean over valid tokens.
+
+    Plus `answer_weight` times its mean over answer tokens, where rows have answers."""
     def __init__(self, model: nn.Module, answer_weight: float = 0.0):
         super().__init__()
-        self.model, self.answer_weight, self.vocab_size = model.requires_grad_(True), answer_weight, host_of(model).config.vocab_size
+        self.model, self.answer_weight = model, answer_weight
+        self.vocab_size = host_of(model).config.vocab_size
+        thaw(model)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def check(self, batch: dict[str, Tensor]) -> None:
+        check_tokens(batch, vocabulary(self.model), least=2)
+        if not valid(batch)[:, 1:].any():
+            raise ValueError("a batch without a token to predict: rows need two tokens or more")
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        where = valid(batch)[:, 1:]
+        answers = (batch["answers"][:, 1:] > 0) & where if "answers" in batch else where[:0]
+        return {"tokens": int(where.sum()), "answers": int(answers.sum())}
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         ids, where = batch["input_ids"], valid(batch)[:, 1:]
         hidden = hidden_states(self.model, ids, batch.get("attention_mask"))[:, :-1]
-        weight = torch.ones_like(ids[:, 1:], dtype=torch.float32)[where]
+        weight = torch.ones_like(ids[:, 1:], dtype=torch.float32)[where] * self.share("tokens")
         if self.answer_weight and "answers" in batch:
             answers = (batch["answers"][:, 1:] > 0)[where]
-            weight = weight + self.answer_weight * answers * (len(answers) / answers.sum().clamp_min(1))
+            each = len(answers) / answers.sum().clamp_min(1)
+            weight = weight + self.answer_weight * answers * each * self.share("answers")
         with logits_from_hidden(self.model) as logits:
-            def nll(h: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-                return (F.cross_entropy(logits(h).float(), y, reduction="none") * w).sum()
-            return chunked_mean(nll, self.vocab_size, hidden[where], ids[:, 1:][where], weight), {}
 
-# %% ../../nbs/43_train.distill.ipynb #e1fcbc04
+            def nll(h: Tensor, y: Tensor, w: Tensor) -> Tensor:
+                return (F.cross_entropy(logits(h).float(), y, reduction="none") * w).sum()
+
+            targets = ids[:, 1:][where]
+            return chunked_mean(nll, self.vocab_size, hidden[where], targets, weight), {}
+
+# %% ../../nbs/43_train.distill.ipynb #868cc79c
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(FitConfig):
     """Settings of stage 3: those of `FitConfig`, and the `temperature` of both distributions.
@@ -75,23 +114,18 @@ class DistillConfig(FitConfig):
     temperature: float = setting(1.0, above=0, high=1000)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(FitConfig):
-    """Settings of stage 4: those of `FitConfig`, and the `answer_weight`.
+def hybrid_facts(model: Any) -> dict[str, Any]:
+    "What a hybrid is made of, as facts that a resumed training must share."
+    names = ("mixer", "full_layers", "full_rope", "logit_scale")
+    config = getattr(model, "config", None)
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
-    The learning rate is constant, 1e-5 (arXiv 2606.30562)."""
-    table = "finetune"
-    steps: int = setting(500, low=0, high=MOST)
-    batch_size: int = setting(1, low=1, high=10 ** 6)
-    lr: float = setting(1e-5, above=0, high=100)
-    answer_weight: float = setting(0.0, low=0, high=1000)
-
-# %% ../../nbs/43_train.distill.ipynb #660cfed5
+# %% ../../nbs/43_train.distill.ipynb #e1fcbc04
 @takes(DistillConfig)
 def distill(
     hybrid: HybridForCausalLM,
     teacher: PreTrainedModel,
-    data: Iterable[dict[str, torch.Tensor]],  # rows {"input_ids": (T,), ["attention_mask": (T,)]}
+    data: Iterable[dict[str, Tensor]],  # rows {"input_ids": (T,), ["attention_mask": (T,)]}
     config: DistillConfig | Mapping[str, Any] | None = None,
     *,
     run: Run | str | Path | None = None,
@@ -105,20 +139,35 @@ def distill(
     """Stage 3: train `hybrid` to predict what `teacher` predicts.
 
     Settings are the fields of `DistillConfig`, as keywords or ready made. The loss is
-    KL(teacher || hybrid) per valid token. `run`, `resume`, `facts` and errors are those of `fit`;
-    also raises `ValueError` if the vocabularies differ."""
+    KL(teacher || hybrid) per valid token. Parameters that were frozen stay frozen, unless all
+    were. `run`, `resume`, `facts` and errors are those of `fit`; also raises `ValueError` if the
+    vocabularies differ."""
     config, run = stage_settings(DistillConfig, config, settings, run)
-    objective = DistillObjective(hybrid.train(), teacher, config.temperature)
-    try:
-        return fit(objective, data, config, stage=stage, run=run, resume=resume,
-                   callbacks=callbacks, progress=progress, facts=facts)
-    finally: hybrid.eval()
+    with flags_kept(hybrid, teacher):
+        objective = DistillObjective(hybrid.train(), teacher, config.temperature)
+        try:
+            return fit(objective, data, config, stage=stage, run=run, resume=resume,
+                       callbacks=callbacks, progress=progress,
+                       facts={**hybrid_facts(hybrid), **(facts or {})})
+        finally: hybrid.eval()
 
-# %% ../../nbs/43_train.distill.ipynb #f5d255f9
+# %% ../../nbs/43_train.distill.ipynb #b0fffbf6
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(FitConfig):
+    """Settings of stage 4: those of `FitConfig`, and the `answer_weight`.
+
+    The learning rate is constant, 1e-5 (arXiv 2606.30562)."""
+    table = "finetune"
+    steps: int = setting(500, low=0, high=MOST)
+    batch_size: int = setting(1, low=1, high=10**6)
+    lr: float = setting(1e-5, above=0, high=100)
+    answer_weight: float = setting(0.0, low=0, high=1000)
+
+
 @takes(FinetuneConfig)
 def finetune(
     model: nn.Module,  # a hybrid or any causal LM
-    data: Iterable[dict[str, torch.Tensor]],  # as for `distill`; rows may have "answers": (T,)
+    data: Iterable[dict[str, Tensor]],  # as for `distill`; rows may have "answers": (T,)
     config: FinetuneConfig | Mapping[str, Any] | None = None,
     *,
     run: Run | str | Path | None = None,
@@ -131,12 +180,13 @@ def finetune(
 ) -> FitResult:
     """Stage 4: next-token training of `model`, meant for long sequences.
 
-    Settings are the fields of `FinetuneConfig`, as keywords or ready made; `answer_weight` adds
-    that much of the mean loss on answer tokens. `run`, `resume`, `facts` and errors are those
-    of `fit`."""
+    Settings are the fields of `FinetuneConfig`, as keywords or ready made. Parameters that were
+    frozen stay frozen, unless all were. `run`, `resume`, `facts` and errors are those of `fit`."""
     config, run = stage_settings(FinetuneConfig, config, settings, run)
-    objective = NextTokenObjective(model.train(), config.answer_weight)
-    try:
-        return fit(objective, data, config, stage=stage, run=run, resume=resume,
-                   callbacks=callbacks, progress=progress, facts=facts)
-    finally: model.eval()
+    with flags_kept(model):
+        objective = NextTokenObjective(model.train(), config.answer_weight)
+        try:
+            return fit(objective, data, config, stage=stage, run=run, resume=resume,
+                       callbacks=callbacks, progress=progress,
+                       facts={**hybrid_facts(model), **(facts or {})})
+        finally: model.eval()
