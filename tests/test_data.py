@@ -127,8 +127,8 @@ FIRST_EDITION = {"examples_iterable": {
     "type": "RebatchedArrowExamplesIterable"}, "epoch": 0}
 
 
-@pytest.mark.parametrize("left", [0, 13, 300])
-def test_positions_of_the_first_edition(tmp_path, left):
+@pytest.mark.parametrize("left, epoch", [(0, 0), (13, 0), (300, 0), (13, 2)])
+def test_positions_of_the_first_edition(tmp_path, left, epoch):
     "They hold the tokens that are left of the documents read, and go on exactly."
     docs = [Stories(1)[i] for i in range(6)]
     path = write(tmp_path / "a.jsonl", docs)
@@ -136,7 +136,8 @@ def test_positions_of_the_first_edition(tmp_path, left):
     at = sum(len(doc.encode()) + 1 for doc in docs[:3]) - left
     def make(): return text(Bytes(), path, length=100)
     stream = make()
-    stream.load_state_dict({"docs": FIRST_EDITION, "rest": ids[at:at + left], "epoch": 0})
+    position = {**FIRST_EDITION, "epoch": epoch}
+    stream.load_state_dict({"docs": position, "rest": ids[at:at + left], "epoch": epoch})
     expected = torch.tensor((ids + ids)[at:at + 1000]).view(10, 100)
     for row in expected:
         stream = copied(stream, make)

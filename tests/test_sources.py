@@ -239,6 +239,24 @@ def test_nothing_is_held_out_of_a_small_source(tmp_path, side, count):
         assert texts(path, held_out=True) == docs
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_stopped_pass_remembers_both_sides(tmp_path, held_out, first):
+    "What comes after the stop is all on one side, but the pass was not."
+    docs = alike(3, first) + alike(3, not first)
+    path = write(tmp_path / "a.txt", docs)
+    expected = [doc for doc in docs if is_held_out(doc) == held_out]
+    for cut in range(1, 4):
+        stream, again = documents(path, held_out=held_out), documents(path, held_out=held_out)
+        rows = iter(stream)
+        for _ in range(cut): next(rows)
+        again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert [doc["text"] for doc in again] == expected[cut:]
+            assert [doc["text"] for doc in again] == expected
+
+
 # Fingerprints
 
 def test_fingerprint_of_files(tmp_path):
@@ -271,6 +289,12 @@ def test_content_hash_reads_ends_and_middle(tmp_path):
     for changed in (data[:-1], data + b"x", b"x" + data[1:], data[:-1] + b"\1"):
         path.write_bytes(changed)
         assert content_hash(path, most=640) != known
+    # where all pieces are the same, the size is left
+    hashes = set()
+    for size in (10_000, 10_001):
+        path.write_bytes(bytes(size))
+        hashes.add(content_hash(path, most=640))
+    assert len(hashes) == 2
 
 
 def test_fingerprint_of_hub_and_stories(hub):
