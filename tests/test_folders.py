@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from flashmorph.choose.gates import GateRun
 from flashmorph.folder import Run
-from flashmorph.place import old_runs
+from flashmorph.place import old_runs, put_back, take_place
 from flashmorph.run import convert as chapter
 from flashmorph.run.cli import app
 from flashmorph.run.convert import convert
@@ -145,6 +146,28 @@ def test_files_beside_the_weights_survive(stopped, recipe):
     resume(stopped)
     assert (stopped / "hybrid" / "README.md").read_text() == "a model card"
     assert AutoModelForCausalLM.from_pretrained(stopped / "hybrid").config.full_layers
+
+
+def test_a_kill_between_two_hybrids_loses_none(tmp_path, monkeypatch):
+    "The old folder was moved aside, the new one has not come: the old one comes back."
+    final = tmp_path / "hybrid"
+    new = tmp_path / "new"
+    for folder in (final, new): folder.mkdir()
+    (final / "README.md").write_text("a model card")
+    (new / "weights").write_text("better")
+    rename = Path.rename
+
+    def die(path, target):
+        if path == new: raise SystemExit
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(SystemExit): take_place(new, final)
+    monkeypatch.undo()
+    assert not final.exists()
+    put_back(final)
+    assert (final / "README.md").read_text() == "a model card"
+    put_back(final)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "new"] == ["hybrid"]
 
 
 # L6: a selection made by hand
