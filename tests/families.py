@@ -3,8 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flashmorph.model.morph import commit
-from flashmorph.model.morph import morph
+from flashmorph.model.morph import commit, morph
 
 VOCAB = 97
 _common = dict(

@@ -16,8 +16,7 @@ from families import FAMILIES, VARIANTS, close, hybrid, morphed, shake, teacher,
 from flashmorph.model.cache import StateLayer, find_cache
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
 from flashmorph.selection import check_layers
-from flashmorph.model.morph import commit
-from flashmorph.model.morph import morph
+from flashmorph.model.morph import commit, morph
 
 family = pytest.mark.parametrize("name", list(FAMILIES))
 everyone = pytest.mark.parametrize("name", sorted({*FAMILIES, *VARIANTS}))

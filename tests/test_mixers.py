@@ -11,7 +11,6 @@ from flashmorph.train.align import align
 from flashmorph.measure.cost import cost
 from flashmorph.choose.gates import train_gates
 from flashmorph.model.hybrid import HybridConfig
-from flashmorph.model.morph import commit
 from flashmorph.model.mixers import (
     MIXERS,
     Mixer,
@@ -21,7 +20,7 @@ from flashmorph.model.mixers import (
     register_mixer,
     repeat_heads,
 )
-from flashmorph.model.morph import morph
+from flashmorph.model.morph import commit, morph
 
 SPECS = ("lightning", "gla", "gdn", "lightning(conv=2)", "gdn(conv=3, rope=False)")
 every = pytest.mark.parametrize("spec", SPECS)
