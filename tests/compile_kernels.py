@@ -14,8 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flashmorph.ops import kernels
+from flashmorph.ops import kernels, steps
 
+HOMES = {"scan_kernel": kernels, "carry_kernel": kernels, "step_kernel": steps}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
@@ -50,7 +51,7 @@ def compile_all(capability, dtype, width):
     "Forward and backward with segments and a state coming in, then the three steps."
     driver.set_active(Driver(capability))
     notes, T = [], 128
-    for name in ("scan_kernel", "carry_kernel", "step_kernel"): setattr(kernels, name, Compiled(originals[name], notes))
+    for name, module in HOMES.items(): setattr(module, name, Compiled(originals[name], notes))
     kernels.unsupported, kernels.segment_length = (lambda *tensors: ""), (lambda k, v: 64)
     kernels._device = lambda x: (capability >= 90, 132)
     q, k, v = (torch.randn(1, T, 2, width, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -60,15 +61,15 @@ def compile_all(capability, dtype, width):
     with torch.no_grad():
         token, g = (x[:, :1] for x in (q, k, v)), g.expand(1, 1, 2)
         q, k, v = token
-        kernels.lightning_step(q, k, v, g[0, 0], state=state)
-        kernels.gla_step(q, k, v, g[..., None].expand(k.shape), state=state)
-        kernels.gdn_step(q, k, v, g, g.exp(), state=state, inplace=True)
+        steps.lightning_step(q, k, v, g[0, 0], state=state)
+        steps.gla_step(q, k, v, g[..., None].expand(k.shape), state=state)
+        steps.gdn_step(q, k, v, g, g.exp(), state=state, inplace=True)
     for name, binary in notes:
         print(json.dumps({"kernel": name, "capability": capability, "dtype": str(dtype)[6:], "width": width, "shared": binary.metadata.shared,
                           "matrix": len(re.findall(r"wgmma.mma_async|mma.sync", binary.asm["ptx"])), **assembled(binary, capability)}), flush=True)
 
 
 if __name__ == "__main__":
-    originals = {name: getattr(kernels, name) for name in ("scan_kernel", "carry_kernel", "step_kernel")}
+    originals = {name: getattr(module, name) for name, module in HOMES.items()}
     some = sys.argv[1:] or [f"{c}:{d}:{w}" for c in (90, 80) for d in ("bfloat16", "float16", "float32") for w in (16, 32, 64, 128, 256)]
     for capability, dtype, width in (x.split(":") for x in some): compile_all(int(capability), getattr(torch, dtype), int(width))

@@ -15,7 +15,7 @@ import sys
 import torch
 import triton
 
-from flashmorph.ops import kernels, reference
+from flashmorph.ops import kernels, reference, steps
 
 TOL = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 SIZES = {"B4 H16 D128 T4096": (4, 4096, 16, 128), "B1 H16 D128 T65536": (1, 65536, 16, 128), "B8 H16 D64 T2048": (8, 2048, 16, 64),
@@ -68,7 +68,7 @@ def check_steps(device, widths=((16, 16), (64, 128), (128, 128), (256, 256), (20
         state = torch.randn(B, 4, Dk, Dv, device=device)
         truth, S_truth = getattr(reference, op)(*(x.double() for x in (q, k, v, *g)), state=state.double())
         for inplace in (False, True):
-            o, S = poisoned(getattr(kernels, f"{op}_step"), q, k, v, *g, state=state.clone(), inplace=inplace)
+            o, S = poisoned(getattr(steps, f"{op}_step"), q, k, v, *g, state=state.clone(), inplace=inplace)
             e = max(error(o.transpose(0, 2), truth.transpose(0, 2)), error(S.transpose(0, 1), S_truth.transpose(0, 1)))
             if not e <= TOL[dtype]: sys.exit(f"WRONG: {op}_step {dtype} Dk={Dk} Dv={Dv} B={B} inplace={inplace}: relative error {e:.1e}")
             worst[op] = max(worst.get(op, 0.), e)
@@ -148,7 +148,7 @@ def compare(bytes_s, flops_s):
             least = 1e3 * 2 * state.numel() * 4 / bytes_s
             theirs = bench(functools.partial(fla, q, k, v, *gates, state)) if fla else None
             for inplace in (True, False):
-                ours = bench(functools.partial(getattr(kernels, f"{op}_step"), q, k, v, *gates, state=state, inplace=inplace))
+                ours = bench(functools.partial(getattr(steps, f"{op}_step"), q, k, v, *gates, state=state, inplace=inplace))
                 row(rows, f"{op}_step B{B} H16 D128{' in place' * inplace}", ours, theirs, least)
     return rows
 

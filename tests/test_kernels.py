@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from flashmorph.ops import kernels, reference
+from flashmorph.ops import kernels, reference, steps
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="set TRITON_INTERPRET=1")]
 
@@ -160,7 +160,7 @@ def test_steps(mixer, Dk, Dv, dtype):
         S, outputs = state, []
         for t in range(T):
             token, before, kept = [x if x is DECAYS else x[:, t:t + 1] for x in (q, k, v, g, *more)], S, None if S is None else S.clone()
-            o, S = getattr(kernels, f"{op}_step")(*token, state=S, inplace=t > 0)
+            o, S = getattr(steps, f"{op}_step")(*token, state=S, inplace=t > 0)
             outputs.append(o)
             if before is not None: assert S is before if t else torch.equal(before, kept)
         assert o.dtype == dtype and S.dtype == torch.float32
@@ -172,15 +172,15 @@ def test_wrong_steps_are_refused():
     q, k, v, g, state = inputs(1)
     ok = {"gla": [torch.zeros_like(k)], "gdn": [torch.zeros(1, 1, H), torch.zeros(1, 1, H)], "lightning": [g]}
     for mixer, gates in ok.items():
-        step = getattr(kernels, f"{mixer}_step")
+        step = getattr(steps, f"{mixer}_step")
         step(q, k, v, *gates, state=state)
         with pytest.raises(ValueError, match="no gradient"): step(q.clone().requires_grad_(), k, v, *gates, state=state)
         with pytest.raises(ValueError, match="state should have shape"): step(q, k, v, *gates, state=state[:, 1:])
         for S in (None, state.double(), state.transpose(2, 3).contiguous().transpose(2, 3)):
             with pytest.raises(ValueError, match="inplace needs"): step(q, k, v, *gates, state=S, inplace=True)
-    with pytest.raises(ValueError, match="log_decay should have shape"): kernels.gla_step(q, k, v, g)
-    with pytest.raises(ValueError, match="widths up to 256"): kernels.gla_step(*(torch.randn(1, 1, 2, 300) for _ in range(3)), torch.zeros(1, 1, 2, 300))
-    with pytest.raises(ValueError, match="not torch.float64"): kernels.gdn_step(q.double(), k, v, *ok["gdn"])
+    with pytest.raises(ValueError, match="log_decay should have shape"): steps.gla_step(q, k, v, g)
+    with pytest.raises(ValueError, match="widths up to 256"): steps.gla_step(*(torch.randn(1, 1, 2, 300) for _ in range(3)), torch.zeros(1, 1, 2, 300))
+    with pytest.raises(ValueError, match="not torch.float64"): steps.gdn_step(q.double(), k, v, *ok["gdn"])
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +206,14 @@ def test_kernels_without_a_gpu_say_so():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stderr
     assert "ValueError: the kernels need a CUDA device, q is on cpu" in said
+
+
+@pytest.mark.parametrize("T", [1, 70, 3000])
+def test_no_rows(T):
+    "Empty output, state and gradients; with many tokens the rule for segments has no programs to count."
+    q, k, v, g, state = inputs(T)
+    leaves = [x[:0].clone().requires_grad_() for x in (q, k, v, state)]
+    o, S = kernels.lightning(*leaves[:3], g, state=leaves[3])
+    assert o.shape == (0, T, H, 32) and S.shape == (0, H, 16, 32)
+    grads = torch.autograd.grad(o.sum() + S.sum(), leaves)
+    assert [d.shape for d in grads] == [x.shape for x in leaves]
