@@ -69,7 +69,7 @@ class SelectionCompare(Widget):
 
     def __str__(self) -> str: return "\n".join(str(s) for s in self.selections)
 
-# %% ../../nbs/77_show.compare.ipynb #c4d2fbe9
+# %% ../../nbs/77_show.compare.ipynb #ba600061
 def _map_state(name: str, grid: RecallGrid) -> dict[str, Any]:
     "A map as the script draws it."
     recall = [list(map(_rounded, row)) for row in grid.recall]
@@ -79,7 +79,7 @@ def _map_state(name: str, grid: RecallGrid) -> dict[str, Any]:
 
 def _rounded(share: float | None) -> float | None: return None if share is None else round(share, 4)
 
-
+# %% ../../nbs/77_show.compare.ipynb #c4d2fbe9
 class RecallMap(Widget):
     """Maps of recall by name, to flip between.
 

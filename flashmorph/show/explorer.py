@@ -72,7 +72,7 @@ def _count_of(value: Any, name: str) -> int:
     if found >= 1: return found
     raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
-
+# %% ../../nbs/76_show.explorer.ipynb #a63916c7
 def _asked(rows: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, int]:
     "How many answer tokens, and how many answers, the rows ask for."
     asked = {"recall": 0, "exact": 0}
@@ -103,8 +103,10 @@ class RecallMeter:
 
         After each batch `progress` gets its number of rows; `None` once it returns false."""
         if not self.rows: self.rows = list(itertools.islice(self.books, self.count))
+        # force the branches, without writing gates
         chosen = set(layers)
         for layer in self.model.layers: layer.forced = float(layer.layer_idx in chosen)
+        # sums over batches, weighted by what each asks for
         total = {"recall": 0.0, "exact": 0.0}
         for start in range(0, len(self.rows), self.batch_size):
             batch = self.rows[start:start + self.batch_size]
@@ -119,6 +121,7 @@ NEEDED = "a morphable model and books: BudgetExplorer(run, model, books=...)"
 
 def _masks(which: Any, chooser: Chooser) -> list[str]:
     "The sets that `Measured.measure` is asked for."
+    # the sets that the order gives, one a budget
     L = len(chooser.order)
     nested = [mask_of(chooser.order[:k], L) for k in range(L + 1)]
     here = mask_of(chooser.layers, L)
@@ -228,7 +231,7 @@ def _config_for(model: Any, folder: Path | None) -> Any:
     if folder is None or not (folder / "hybrid" / "config.json").is_file(): return None
     return HybridConfig.from_pretrained(folder / "hybrid")
 
-
+# %% ../../nbs/76_show.explorer.ipynb #818e725c
 def _check_size(found: int, expected: int, what: str) -> None:
     "`ValueError` for a model of another size."
     if found == expected: return

@@ -60,7 +60,7 @@ def _by_stage(events: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]
     if stages: return stages
     raise ValueError("events: expected at least one with a step and a loss, got none")
 
-
+# %% ../../nbs/71_show.figures.ipynb #5884bd91
 def _curves(log: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
     "The curves of one stage; numbers that are not finite leave a gap."
     curves = {"loss": [number(event["loss"]) for event in log]}
@@ -76,7 +76,7 @@ def _wide_range(values: Iterable[float | None]) -> bool:
     real = [v for v in values if v is not None]
     return bool(real) and min(real) > 0 and max(real) > 10 * min(real)
 
-
+# %% ../../nbs/71_show.figures.ipynb #fedbb7db
 def _loss_panel(fig: go.Figure, stage: str, log: list[dict[str, Any]], new: set[str],
                 **where: int) -> None:
     "Draw one stage; curves in `new` are not yet in the legend."
@@ -96,6 +96,7 @@ def loss_figure(events: Iterable[dict[str, Any]]) -> Figure:
     """Loss over the steps of each stage in `events` (an `EventLog` or a list), one panel a stage.
 
     For gates the panel also shows the two parts. Raises `ValueError` if no event has a loss."""
+    # one panel a stage, two beside each other
     stages = _by_stage(events)
     columns = min(2, len(stages))
     rows = math.ceil(len(stages) / columns)
@@ -103,6 +104,7 @@ def loss_figure(events: Iterable[dict[str, Any]]) -> Figure:
     names = [html.escape(stage_label(stage)) for stage in stages]
     fig = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=70 / height,
                         horizontal_spacing=0.1)
+    # each curve is in the legend once
     new = set(CURVES)
     for n, (name, log) in enumerate(zip(names, stages.values())):
         where = {"row": n // columns + 1, "col": n % columns + 1}
@@ -118,7 +120,7 @@ def _kept(selection: Selection) -> list[int]:
     "1 for a full layer, 0 for a linear layer."
     return [int(layer in selection.layers) for layer in range(selection.num_layers)]
 
-
+# %% ../../nbs/71_show.figures.ipynb #71fffbf9
 def _hover(selection: Selection) -> list[str]:
     "The hover text of each layer."
     name = html.escape(label(selection.method))

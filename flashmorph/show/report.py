@@ -33,7 +33,7 @@ class Cells:
     left: int = 1
     ours: str = ""
 
-
+# %% ../../nbs/79_show.report.ipynb #52fa2031
 @dataclass
 class Section:
     "A part of the report; `figure` is a plotly figure as a dict."
@@ -91,7 +91,7 @@ def drawn(figure: Any) -> dict[str, Any]:
     "A plotly figure as a dict that JSON can hold."
     return json.loads(figure.to_json())
 
-
+# %% ../../nbs/79_show.report.ipynb #8df80cc2
 def _cards(results: Results) -> list[tuple[str, str]]:
     "Recall of the teacher and of the hybrid after each stage, and the share of the cache."
     ours, teacher = results.model("flashmorph"), results.model("teacher")
@@ -149,7 +149,7 @@ def costs_section(run: RunFiles) -> Section:
     figure = cost_figure(costs, len(config.full_layers or []))
     return Section("Costs", figure=drawn(figure), note=note)
 
-
+# %% ../../nbs/79_show.report.ipynb #6f6ec479
 def gates_section(run: RunFiles) -> Section:
     "The gates over their training."
     from flashmorph.show.figures import gates_figure
@@ -161,7 +161,7 @@ def losses_section(run: RunFiles) -> Section:
     from flashmorph.show.figures import loss_figure
     return Section("Losses", figure=drawn(loss_figure(EventLog(run.path("log.jsonl")))))
 
-
+# %% ../../nbs/79_show.report.ipynb #0eb3caab
 def time_section(run: RunFiles) -> Section:
     "How long each stage took, and all of them."
     seconds = run.results.seconds
@@ -185,7 +185,7 @@ def plotly_script() -> str:
     path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
     return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
 
-
+# %% ../../nbs/79_show.report.ipynb #1d2cb993
 def page(title: str, sections: Sequence[Section], missing: Sequence[str] = ()) -> str:
     "The HTML of a report; plotly's script is in it if there is a figure."
     from jinja2 import Environment
@@ -210,7 +210,7 @@ def reason(error: Exception, folder: Path) -> str:
     words = str(error) or repr(error)
     return words.replace(f"{folder}/", "").splitlines()[0].rstrip(".")
 
-
+# %% ../../nbs/79_show.report.ipynb #7cd52838
 def write_report(folder: str | Path) -> Path:
     """Write `report.html` into a run folder from what is there, and return its path.
 
