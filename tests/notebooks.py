@@ -13,7 +13,6 @@ NBS = ROOT / "nbs"
 # them has to be taken off.
 NOT_YET = {
     "nbs/02_results.ipynb",
-    "nbs/14_ops.kernels.ipynb",
     "nbs/80_run.recipe.ipynb",
 }
 

@@ -143,7 +143,8 @@ def segment_length(k: Tensor, v: Tensor) -> int:
     """Tokens a segment: all of them if rows and heads keep the GPU busy, else fewer.
 
     Fewer means so many segments that there are up to two programs per SM."""
-    (B, T, H, _), DZ, sms = k.shape, v.shape[3], _device(k)[1]
+    (B, T, H, _), DZ = k.shape, v.shape[3]
+    _, sms = _device(k)
     programs = max(1, B * H * triton.cdiv(DZ, pick_blocks(k, DZ).BZ))
     N = 1 if programs * 4 >= sms * 3 else min(2 * sms // programs, T // SEGMENT)
     return triton.cdiv(triton.cdiv(T, max(N, 1)), 64) * 64  # a multiple of every C
