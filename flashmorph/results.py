@@ -28,10 +28,8 @@ def number(value: Any) -> float | None:
 
 # %% ../nbs/02_results.ipynb #56e3d145
 def rounded(value: float, decimals: int) -> str:
-    "`value` with `decimals` places, halves away from zero, as `kit.js` rounds too."
-    scale = 10.0 ** decimals
-    size = math.floor(abs(value) * scale + 0.5) / scale
-    return f"{math.copysign(size, value) if size else 0.0:.{decimals}f}"
+    "`value` with `decimals` places, halves to the even digit, as `kit.js` rounds too."
+    return f"{value:z.{decimals}f}"          # z: no minus before a zero
 
 # %% ../nbs/02_results.ipynb #6696691d
 UNITS = {

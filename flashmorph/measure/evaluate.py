@@ -40,7 +40,8 @@ class EvaluateConfig(SourceConfig):
 # %% ../../nbs/51_measure.evaluate.ipynb #67de7e56
 def check_ids(model: nn.Module, ids: torch.Tensor) -> None:
     "Raises `ValueError` if the model has no embedding for one of `ids`."
-    size = host_of(model).get_input_embeddings().weight.shape[0]
+    embeddings: Any = host_of(model).get_input_embeddings()
+    size = embeddings.weight.shape[0]
     if int(ids.max()) < size: return
     raise ValueError(f"token {int(ids.max())} is not in the model's vocabulary of {size} tokens: "
                      "use the tokenizer that belongs to the model")

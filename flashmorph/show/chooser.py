@@ -44,7 +44,7 @@ class Choice:
 
     def layers(self, order: Sequence[int]) -> tuple[int, ...]:
         "The layers that keep full attention, if `order` decides where pins do not."
-        chosen = top_k(order, self.budget, method="", full=self.full, linear=self.linear)
+        chosen = top_k(order, self.budget, method="chosen", full=self.full, linear=self.linear)
         return chosen.layers
 
 # %% ../../nbs/75_show.chooser.ipynb #14d34f3f

@@ -56,13 +56,17 @@ const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const grouped = (n) => n.toLocaleString("en");
 
 /**
- * `value` with `decimals` places, halves away from zero.
+ * `value` with `decimals` places, halves to the even digit, as Python rounds.
  * @param {number} value @param {number} decimals
  */
 function rounded(value, decimals) {
-  const scale = 10 ** decimals;
-  const size = Math.floor(Math.abs(value) * scale + 0.5) / scale;
-  return (value < 0 && size ? -size : size).toFixed(decimals);
+  // a hundred places are exact for what is shown here, so a half can be told from almost a half
+  const exact = Math.abs(value).toFixed(100);
+  const kept = exact.slice(0, exact.length - 100 + decimals).replace(/\.$/, "");
+  const half = /^50*$/.test(exact.slice(exact.length - 100 + decimals));
+  const even = "02468".includes(kept[kept.length - 1]);
+  const text = half && even ? kept : Math.abs(value).toFixed(decimals);
+  return value < 0 && Number(text) ? `-${text}` : text;
 }
 
 /**
