@@ -26,7 +26,7 @@ def settings():
             if name != "seed": yield table, name, kind
 
 
-@pytest.mark.parametrize("table, name, kind", settings())
+@pytest.mark.parametrize("table, name, kind", list(settings()))
 def test_every_setting_is_checked_when_it_is_read(table, name, kind):
     "P1, T5, S7: an odd value is refused by name, or kept as it was given, with its own type."
     for odd in ODD:

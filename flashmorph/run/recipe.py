@@ -23,7 +23,7 @@ from ..train.align import AlignConfig
 from ..train.distill import DistillConfig, FinetuneConfig
 
 # %% auto #0
-__all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'Recipe', 'check_recipe', 'may_be_nothing', 'with_nothing',
+__all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing',
            'recipe_from_dict', 'changed', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe', 'absolute',
            'named_paths', 'with_absolute_paths']
 
@@ -42,6 +42,22 @@ def inherited(table: Any, source: Settings, sizes: Settings | None = None) -> An
     more = {name: getattr(source, name) for name in names}
     if sizes is not None: more |= {name: getattr(sizes, name) for name in SIZES}
     return {**more, **table}
+
+# %% ../../nbs/80_run.recipe.ipynb #05cadd11
+def check_recipe(recipe: Recipe) -> None:
+    "Raise `ValueError` if values of a recipe do not go together."
+    mixer_class(recipe.mixer)
+    if not recipe.teacher: raise ValueError("teacher: expected a name or a folder, got nothing")
+    for name in recipe.compare:
+        if name not in COMPARE:
+            raise ValueError(f"compare: unknown method {name!r}; {nearest(name, COMPARE)}")
+    if len(set(recipe.compare)) < len(recipe.compare):
+        raise ValueError(f"compare: each method once, please; got {list(recipe.compare)}")
+    if not recipe.gates.steps:
+        raise ValueError("gates.steps: expected at least 1, because the gates choose the layers")
+    for name in TABLES:
+        if getattr(getattr(recipe, name), "seed", 0):
+            raise ValueError(f"{name}.seed: a recipe has one `seed` for all stages")
 
 # %% ../../nbs/80_run.recipe.ipynb #4dbe7a10
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +96,6 @@ class Recipe(Settings):
         return kind.make(table)
 
     def check(self) -> None: check_recipe(self)
-
-# %% ../../nbs/80_run.recipe.ipynb #05cadd11
-def check_recipe(recipe: Recipe) -> None:
-    "Raise `ValueError` if values of a recipe do not go together."
-    mixer_class(recipe.mixer)
-    if not recipe.teacher: raise ValueError("teacher: expected a name or a folder, got nothing")
-    for name in recipe.compare:
-        if name not in COMPARE:
-            raise ValueError(f"compare: unknown method {name!r}; {nearest(name, COMPARE)}")
-    if len(set(recipe.compare)) < len(recipe.compare):
-        raise ValueError(f"compare: each method once, please; got {list(recipe.compare)}")
-    if not recipe.gates.steps:
-        raise ValueError("gates.steps: expected at least 1, because the gates choose the layers")
-    for name in TABLES:
-        if getattr(getattr(recipe, name), "seed", 0):
-            raise ValueError(f"{name}.seed: a recipe has one `seed` for all stages")
 
 # %% ../../nbs/80_run.recipe.ipynb #89dba778
 def may_be_nothing(kind: Any) -> bool:
