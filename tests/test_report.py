@@ -164,7 +164,9 @@ def test_a_strange_hybrid_costs_only_the_costs(tmp_path, change):
     folder = make_run(tmp_path / "run", 6)
     path = folder / "hybrid/config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "teacher": {**config["teacher"], **change}}))
+    # the outer configuration repeats what the teacher's says, and the outer value counts
+    outer = {key: value for key, value in change.items() if key in config and key != "model_type"}
+    path.write_text(json.dumps({**config, **outer, "teacher": {**config["teacher"], **change}}))
     assert left_out(write_report(folder).read_text()) == ["Costs"]
 
 
