@@ -19,11 +19,11 @@ __all__ = ['whole', 'members', 'check_layers', 'check_budget', 'check_pins', 'ch
 # %% ../nbs/01_selection.ipynb #cb73eb5b
 def whole(value: Any, what: str) -> int:
     "`value` as an int, from the integers of any library. Raises `ValueError` for anything else."
-    kind = str(getattr(value, "dtype", type(value).__name__))
-    try:
-        if "bool" in kind: raise TypeError
-        return operator.index(value)
-    except TypeError: raise ValueError(f"{what} should be whole numbers, got {value!r}") from None
+    expected = f"{what} should be whole numbers"
+    if "bool" in str(getattr(value, "dtype", type(value).__name__)):
+        raise ValueError(f"{expected}, not a yes or no for each layer; got {value!r}")
+    try: return operator.index(value)
+    except TypeError: raise ValueError(f"{expected}, got {value!r}") from None
 
 
 def members(values: Any, what: str) -> list[Any]:
