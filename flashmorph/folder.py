@@ -13,7 +13,7 @@ from .store import NOFOLLOW, Checkpoints, EventLog, read_json, write_aside
 __all__ = ['HELD', 'KNOWN', 'alive', 'flock', 'same_file', 'take', 'release', 'locked', 'debris', 'strangers', 'is_run', 'marked',
            'plain_name', 'Run']
 
-# %% ../nbs/04_folder.ipynb #f73de4ac
+# %% ../nbs/04_folder.ipynb #4ada0def
 def alive(pid: int) -> bool:
     "Is there a process with this number on this machine?"
     try: os.kill(pid, 0)
@@ -21,7 +21,7 @@ def alive(pid: int) -> bool:
     except PermissionError: return True
     return True
 
-
+# %% ../nbs/04_folder.ipynb #e4b709fd
 def flock(descriptor: int) -> bool:
     "Lock an open file for this process; false if another process has locked the file."
     try:
@@ -34,13 +34,13 @@ def flock(descriptor: int) -> bool:
         return who is None or (who[2] == socket.gethostname() and not alive(int(who[1])))
     return True
 
-
+# %% ../nbs/04_folder.ipynb #f73de4ac
 def same_file(descriptor: int, path: Path) -> bool:
     "Is the open file still the one under this name?"
     try: return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
     except FileNotFoundError: return False
 
-# %% ../nbs/04_folder.ipynb #c31d3ea8
+# %% ../nbs/04_folder.ipynb #9d98f704
 def take(path: Path) -> int:
     "Lock the file `path`; returns its descriptor. Raises `ValueError` naming who has locked it."
     while True:
@@ -56,7 +56,7 @@ def take(path: Path) -> int:
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
     return descriptor
 
-
+# %% ../nbs/04_folder.ipynb #c31d3ea8
 def release(descriptor: int, path: Path) -> None:
     "Unlock: remove the file, unless another has taken its place."
     if same_file(descriptor, path): path.unlink()
@@ -85,7 +85,7 @@ def locked(path: Path) -> Iterator[None]:
         del HELD[path]
         release(descriptor, path)
 
-# %% ../nbs/04_folder.ipynb #051d3273
+# %% ../nbs/04_folder.ipynb #983eb44b
 KNOWN = (
     "run.json", "recipe.toml", "log.jsonl", "checkpoints", "gates.json", "selection.json",
     "results.json", "report.html", "hybrid", "teacher", ".lock",
@@ -103,7 +103,7 @@ def strangers(folder: str | os.PathLike) -> list[str]:
     ours = {*KNOWN, *(path.name for path in debris(Path(folder)))}
     return sorted(there - ours)
 
-
+# %% ../nbs/04_folder.ipynb #051d3273
 def is_run(folder: str | os.PathLike) -> bool:
     "Is this the folder of a run, of this edition or of the first?"
     folder = Path(folder)

@@ -168,7 +168,7 @@ def selection_from(fields: dict[str, Any], where: object) -> Selection:
         raise ValueError(f"{where} is not a selection: {error}") from error
     return selection
 
-# %% ../nbs/01_selection.ipynb #e218ff57
+# %% ../nbs/01_selection.ipynb #d462edc7
 def check_order(order: Any) -> tuple[int, ...]:
     "An order of layers as ints. Raises `ValueError` unless each of 0..L-1 is there once."
     ints = tuple(whole(i, "order") for i in members(order, "order"))
@@ -177,7 +177,7 @@ def check_order(order: Any) -> tuple[int, ...]:
         raise ValueError(f"order: expected each layer from 0 to {last} once, got {list(ints)}")
     return ints
 
-
+# %% ../nbs/01_selection.ipynb #e218ff57
 def top_k(
     order: Sequence[int],  # most important first
     budget: int,

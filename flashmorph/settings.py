@@ -14,7 +14,7 @@ from .store import nearest
 __all__ = ['PLAIN', 'WORDS', 'MANY', 'F', 'is_bool', 'as_int', 'as_float', 'as_bool', 'as_str', 'converted', 'is_union',
            'first_of', 'as_tuple', 'Rule', 'setting', 'expected', 'Settings', 'takes']
 
-# %% ../nbs/03_settings.ipynb #f0509c69
+# %% ../nbs/03_settings.ipynb #52087aad
 def is_bool(value: Any) -> bool:
     "Is this a truth value of Python, NumPy or PyTorch?"
     return "bool" in str(getattr(value, "dtype", type(value).__name__))
@@ -32,7 +32,7 @@ def as_float(value: Any) -> float:
     if not math.isfinite(number): raise TypeError
     return number
 
-
+# %% ../nbs/03_settings.ipynb #f0509c69
 def as_bool(value: Any) -> bool:
     if not is_bool(value): raise TypeError
     return bool(value)
@@ -43,7 +43,7 @@ def as_str(value: Any) -> str:
     if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value): raise TypeError
     return value
 
-# %% ../nbs/03_settings.ipynb #20d0e2b8
+# %% ../nbs/03_settings.ipynb #2a53112b
 PLAIN: dict[Any, Callable] = {int: as_int, float: as_float, bool: as_bool, str: as_str}
 
 
@@ -62,7 +62,7 @@ def is_union(kind: Any) -> bool:
     "Is this an annotation like `int | None`?"
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
-
+# %% ../nbs/03_settings.ipynb #20d0e2b8
 def first_of(value: Any, kinds: tuple[Any, ...]) -> Any:
     "`value` as the first of `kinds` that it can be."
     for kind in kinds:
@@ -79,7 +79,7 @@ def as_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(values) != len(kinds): raise TypeError
     return tuple(converted(one, kind) for one, kind in zip(values, kinds))
 
-# %% ../nbs/03_settings.ipynb #07e7b8a0
+# %% ../nbs/03_settings.ipynb #7f0f7094
 @dataclass(frozen=True)
 class Rule:
     """Which values make sense: `choices`, or bounds.
@@ -108,7 +108,7 @@ class Rule:
             and (self.below is None or value < self.below)
         )
 
-
+# %% ../nbs/03_settings.ipynb #07e7b8a0
 def setting(default: Any = MISSING, *, factory: Any = MISSING, **bounds: Any) -> Any:
     """A field of `Settings` with a `Rule` of these `bounds`.
 

@@ -16,9 +16,12 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['NOFOLLOW', 'META', 'sync', 'write_aside', 'read_json', 'Damaged', 'read_tensors', 'check_tensors', 'load_strict',
            'read_event', 'write_lines', 'read_lines', 'mend', 'append_line', 'EventLog', 'checksum', 'bytes_of',
-           'checkpoint_files', 'Checkpoints', 'read_meta', 'nearest']
+           'checkpoint_files', 'read_meta', 'Checkpoints', 'nearest']
 
-# %% ../nbs/00_store.ipynb #afa0aa26
+# %% ../nbs/00_store.ipynb #66623e75
+NOFOLLOW: int = getattr(os, "O_NOFOLLOW", 0)          # Windows has no such flag
+
+
 def sync(path: Path) -> None:
     "Flush a file, or the list of names of a folder, to the disk."
     descriptor = os.open(path, os.O_RDONLY)
@@ -27,7 +30,7 @@ def sync(path: Path) -> None:
         if not path.is_dir(): raise         # not every file system can flush a folder
     finally: os.close(descriptor)
 
-
+# %% ../nbs/00_store.ipynb #afa0aa26
 def write_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, flush it to the disk, and rename it to `path`.
 
@@ -55,9 +58,6 @@ def write_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
             f"could not save {path}: {error}. What was there before is untouched; "
             "give it room and permission, then resume."
         ) from error
-
-
-NOFOLLOW: int = getattr(os, "O_NOFOLLOW", 0)          # Windows has no such flag
 
 # %% ../nbs/00_store.ipynb #d2008e0f
 def read_json(path: str | os.PathLike, what: str, name: str = "") -> dict[str, Any]:
@@ -103,7 +103,7 @@ def read_tensors(
     except (SafetensorError, ValueError) as error:
         raise Damaged(f"{what} {path} is damaged; it may be truncated ({error})") from error
 
-# %% ../nbs/00_store.ipynb #1567eed5
+# %% ../nbs/00_store.ipynb #60545f97
 def check_tensors(
     where: object,  # what messages call the file
     got: Mapping[str, Tensor],  # what was read from the file
@@ -122,7 +122,7 @@ def check_tensors(
         more = " ..." if len(problems) > 5 else ""
         raise ValueError(f"{where} does not fit this model: {'; '.join(problems[:5])}{more}")
 
-
+# %% ../nbs/00_store.ipynb #1567eed5
 def load_strict(where: object, got: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     "Copy `got` `into` the tensors of the same names; `ValueError`, and no change, if one differs."
     check_tensors(where, got, into)
@@ -143,7 +143,7 @@ def read_event(line: bytes) -> dict[str, Any]:
         raise ValueError(f"expected a step >= 0, got {step!r}")
     return event
 
-# %% ../nbs/00_store.ipynb #254523a0
+# %% ../nbs/00_store.ipynb #94cb0b0c
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
     "Write a whole log anew."
     content = b"".join(line + b"\n" for line in lines)
@@ -159,7 +159,7 @@ def read_lines(path: Path) -> list[bytes]:
         lines.append(last)
     return lines
 
-
+# %% ../nbs/00_store.ipynb #254523a0
 def mend(path: Path) -> None:
     "End a log with a whole line, so that the next event begins a line."
     content = path.read_bytes() if path.exists() else b""
@@ -235,6 +235,23 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 # %% ../nbs/00_store.ipynb #bd1f42d4
+def read_meta(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> dict[str, Any]:
+    "Check a checkpoint against its checksum, and take what is no tensor out of `tensors`."
+    first = metadata.get("flashmorph")
+    if first is None:
+        raise ValueError(f"checkpoint {path} was not written by flashmorph: it has no metadata")
+    # the first edition wrote JSON in the header, and no checksum
+    old = first.startswith("{")
+    known = metadata.get("sha256", "") == ("" if old else checksum(tensors))
+    if not known or not (old or first == "2"):
+        raise Damaged(f"checkpoint {path} is damaged: its bits have changed")
+    try: return json.loads(first if old else tensors.pop(META).numpy().tobytes())
+    except (ValueError, KeyError) as error:
+        raise Damaged(f"checkpoint {path} is damaged ({error!r})") from error
+
+# %% ../nbs/00_store.ipynb #3d2a33f2
 class Checkpoints:
     "The checkpoints of a stage, `step-00000100.safetensors` and so on; the newest `keep` stay."
     def __init__(self, folder: str | Path, keep: int = 2):
@@ -270,23 +287,6 @@ class Checkpoints:
             tensors, metadata = read_tensors(path, "checkpoint")
             return tensors, read_meta(path, tensors, metadata)
         except Damaged as error: raise Damaged(f"{error}. {advice}") from error
-
-
-def read_meta(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> dict[str, Any]:
-    "Check a checkpoint against its checksum, and take what is no tensor out of `tensors`."
-    first = metadata.get("flashmorph")
-    if first is None:
-        raise ValueError(f"checkpoint {path} was not written by flashmorph: it has no metadata")
-    # the first edition wrote JSON in the header, and no checksum
-    old = first.startswith("{")
-    known = metadata.get("sha256", "") == ("" if old else checksum(tensors))
-    if not known or not (old or first == "2"):
-        raise Damaged(f"checkpoint {path} is damaged: its bits have changed")
-    try: return json.loads(first if old else tensors.pop(META).numpy().tobytes())
-    except (ValueError, KeyError) as error:
-        raise Damaged(f"checkpoint {path} is damaged ({error!r})") from error
 
 # %% ../nbs/00_store.ipynb #04694a40
 def nearest(word: object, known: Iterable[str]) -> str:

@@ -21,9 +21,11 @@ STAGES = ("align", "gates", "distill-flashmorph", "finetune-flashmorph")
 
 
 def start(*args: str) -> subprocess.Popen:
+    code = "from flashmorph.run.cli import app; app()"
+    command = [sys.executable, "-c", code, "convert", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", "from flashmorph.run.cli import app; app()", "convert", *map(str, args)], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -46,7 +48,8 @@ def hit(process: subprocess.Popen, log: EventLog, stage: str, step: int, number:
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     few = {"steps": STEPS, "batch_size": 2, "save_every": 3}
-    made = small_recipe(save_teacher(folder / "teacher"), align=few, gates=few, distill=few, finetune={**few, "batch_size": 1})
+    made = small_recipe(save_teacher(folder / "teacher"), align=few, gates=few, distill=few,
+                        finetune={**few, "batch_size": 1})
     (folder / "recipe.toml").write_text(recipe_toml(made))
     return folder / "recipe.toml"
 
@@ -59,14 +62,21 @@ def straight(recipe, tmp_path_factory) -> Path:
     return out
 
 
+def read(path: Path) -> dict: return json.loads(path.read_text())
+
+
+def events(folder: Path) -> list[dict]:
+    "The log, without the times."
+    log = EventLog(folder / "log.jsonl")
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in log]
+
+
 def same(a: Path, b: Path) -> None:
-    one, two = (load_file(f / "hybrid" / "model.safetensors") for f in (a, b))
+    one, two = (load_file(folder / "hybrid" / "model.safetensors") for folder in (a, b))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert json.loads((a / "gates.json").read_text())["trajectory"] == json.loads((b / "gates.json").read_text())["trajectory"]
-    models = [json.loads((f / "results.json").read_text())["models"] for f in (a, b)]
-    assert models[0] == models[1]
-    events = [[{k: v for k, v in e.items() if k != "seconds"} for e in EventLog(f / "log.jsonl")] for f in (a, b)]
-    assert events[0] == events[1]
+    assert read(a / "gates.json")["trajectory"] == read(b / "gates.json")["trajectory"]
+    assert read(a / "results.json")["models"] == read(b / "results.json")["models"]
+    assert events(a) == events(b)
 
 
 def test_killed_in_every_stage(recipe, straight, tmp_path):
@@ -84,7 +94,7 @@ def test_killed_in_every_stage(recipe, straight, tmp_path):
 
 
 def test_asked_to_stop(recipe, straight, tmp_path):
-    "Ctrl-C (or a cluster's SIGTERM) lets the step end, saves it, says how to go on and exits with 130."
+    "Ctrl-C (or SIGTERM) lets the step end, saves it, says how to go on and exits with 130."
     out = tmp_path / "run"
     process = start(recipe, "--out", out)
     for number, stage in ((signal.SIGINT, "align"), (signal.SIGTERM, "gates")):
@@ -92,7 +102,8 @@ def test_asked_to_stop(recipe, straight, tmp_path):
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 130 and "--resume" in said, said
         saved = [int(p.stem[5:]) for p in (out / "checkpoints" / stage).glob("step-*")]
-        assert max(saved) == max(e["step"] for e in EventLog(out / "log.jsonl").stage(stage))      # nothing was lost
+        # nothing was lost
+        assert max(saved) == max(e["step"] for e in EventLog(out / "log.jsonl").stage(stage))
         process = start("--resume", "--out", out)
     finish(process)
     same(straight, out)

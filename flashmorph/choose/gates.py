@@ -4,21 +4,53 @@
 
 # %% ../../nbs/60_choose.gates.ipynb #a1a3566a
 from __future__ import annotations
+
+
 import hashlib, json, os
+
+
 from collections.abc import Iterable, Mapping
+
+
 from dataclasses import dataclass, field
+
+
 from pathlib import Path
+
+
 from typing import Any
+
+
 import torch
+
+
 from torch import Tensor
+
+
 from ..data.batches import check_tokens
+
+
 from ..folder import Run
+
+
 from ..model.morph import MorphableModel
+
+
 from ..selection import Ranking, Selection
+
+
 from ..settings import setting, takes
+
+
 from ..store import read_json, write_aside
+
+
 from ..train.align import vocabulary
+
+
 from ..train.fit import fit
+
+
 from flashmorph.train.objective import (
     MOST, Callback, FitConfig, Objective, flags_kept, stage_settings,
 )
@@ -155,7 +187,7 @@ class GateRun:
         steps = len(self.trajectory) - 1
         return f"GateRun({self.num_layers} layers, {steps} steps, gates=[{gates}])"
 
-# %% ../../nbs/60_choose.gates.ipynb #8df303e7
+# %% ../../nbs/60_choose.gates.ipynb #95731fdf
 def save_gates(gates: GateRun, folder: str | os.PathLike) -> Path:
     "Write `gates.json` into `folder`."
     path = Path(folder).expanduser() / "gates.json"
@@ -167,7 +199,7 @@ def save_gates(gates: GateRun, folder: str | os.PathLike) -> Path:
     write_aside(path, lambda p: p.write_text(json.dumps(record), encoding="utf-8"))
     return path
 
-
+# %% ../../nbs/60_choose.gates.ipynb #8df303e7
 def load_gates(folder: str | os.PathLike) -> GateRun:
     "Read a run folder's `gates.json`, or the file itself. Raises `ValueError` if it is not one."
     record = read_json(folder, "a gate run", "gates.json")
@@ -182,7 +214,7 @@ def load_gates(folder: str | os.PathLike) -> GateRun:
         raise ValueError(f"{folder} is not a gate run: its gates are not those that were saved")
     return run
 
-# %% ../../nbs/60_choose.gates.ipynb #e87c91da
+# %% ../../nbs/60_choose.gates.ipynb #a5bd8d9e
 @dataclass(frozen=True, kw_only=True)
 class GatesConfig(FitConfig):
     """Settings of stage 2: those of `FitConfig`, and what a gate pays.
@@ -198,7 +230,7 @@ class GatesConfig(FitConfig):
     lam: float | None = setting(None, low=0)
     start: float | tuple[float, ...] = setting(1.0, low=0, high=1)
 
-
+# %% ../../nbs/60_choose.gates.ipynb #e87c91da
 def trajectory_of(
     start: Tensor, events: list[dict[str, Any]], end: Tensor, where: object
 ) -> Tensor:
@@ -210,7 +242,7 @@ def trajectory_of(
         raise ValueError(f"{where}: the last gates are not those of the checkpoint")
     return gates
 
-# %% ../../nbs/60_choose.gates.ipynb #e993ffc3
+# %% ../../nbs/60_choose.gates.ipynb #79e3e9c9
 def check_gates_file(run: Run | str | os.PathLike, steps: int) -> None:
     "Raise `ValueError` if the run holds the gates of a longer training."
     path = Run(run).path("gates.json")
@@ -220,7 +252,7 @@ def check_gates_file(run: Run | str | os.PathLike, steps: int) -> None:
         raise ValueError(f"{path} holds {before} steps, more than the {steps} of this training: "
                          "move the file away, or use a new run folder")
 
-
+# %% ../../nbs/60_choose.gates.ipynb #e993ffc3
 @takes(GatesConfig)
 def train_gates(
     model: MorphableModel,

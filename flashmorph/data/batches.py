@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['ROW', 'as_tensors', 'stack', 'real_tokens', 'check_tokens', 'Batches', 'rows_of', 'restart']
+__all__ = ['ROW', 'as_tensors', 'stack', 'real_tokens', 'check_tokens', 'rows_of', 'restart', 'Batches']
 
-# %% ../../nbs/26_data.batches.ipynb #0ffa44e4
+# %% ../../nbs/26_data.batches.ipynb #ef00fe4b
 ROW = "a row is a dict of tensors, for example {'input_ids': (T,), 'attention_mask': (T,)}"
 
 
@@ -25,7 +25,7 @@ def as_tensors(row: Any) -> dict[str, Tensor]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{ROW}; got the keys {list(row)} and {error}") from None
 
-
+# %% ../../nbs/26_data.batches.ipynb #0ffa44e4
 def stack(rows: Iterable[Any]) -> dict[str, Tensor]:
     "One batch: each key's tensors of all rows, stacked. Raises `ValueError` if rows differ."
     tensors = [as_tensors(row) for row in rows]
@@ -41,13 +41,13 @@ def stack(rows: Iterable[Any]) -> dict[str, Tensor]:
         batch[key] = torch.stack([row[key] for row in tensors])
     return batch
 
-# %% ../../nbs/26_data.batches.ipynb #399598c4
+# %% ../../nbs/26_data.batches.ipynb #f267f06f
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     "Bool (B, T): the tokens of a batch that are no padding."
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
-
+# %% ../../nbs/26_data.batches.ipynb #399598c4
 def check_tokens(
     batch: Mapping[str, Tensor],
     vocab_size: int,
@@ -76,6 +76,19 @@ def check_tokens(
         raise ValueError("a batch of padding alone: its attention_mask is 0 everywhere")
 
 # %% ../../nbs/26_data.batches.ipynb #ae2db7c8
+def rows_of(data: Iterable[Any]) -> Iterator[Any]:
+    "An iterator over rows. Raises `TypeError` for what is no collection of rows."
+    if isinstance(data, (str, bytes, Mapping)) or not hasattr(data, "__iter__"):
+        raise TypeError(f"expected a list or a stream of rows, got {type(data).__name__}; {ROW}")
+    return iter(data)
+
+
+def restart(data: Any) -> None:
+    "Make a streaming dataset forget the position that it was resumed from."
+    library = sys.modules.get("datasets")
+    if library is not None and isinstance(data, library.IterableDataset): data.load_state_dict({})
+
+# %% ../../nbs/26_data.batches.ipynb #14ca1139
 class Batches:
     "Stack rows of a stream into batches; `state_dict` is the position after the last batch."
     def __init__(self, data: Iterable[Any], batch_size: int, rank: int = 0, world: int = 1):
@@ -116,16 +129,3 @@ class Batches:
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(f"the saved position does not fit this data: {error!r}") from error
         self.taken = state["taken"]
-
-
-def rows_of(data: Iterable[Any]) -> Iterator[Any]:
-    "An iterator over rows. Raises `TypeError` for what is no collection of rows."
-    if isinstance(data, (str, bytes, Mapping)) or not hasattr(data, "__iter__"):
-        raise TypeError(f"expected a list or a stream of rows, got {type(data).__name__}; {ROW}")
-    return iter(data)
-
-
-def restart(data: Any) -> None:
-    "Make a streaming dataset forget the position that it was resumed from."
-    library = sys.modules.get("datasets")
-    if library is not None and isinstance(data, library.IterableDataset): data.load_state_dict({})

@@ -22,13 +22,13 @@ from flashmorph.train.objective import (
 # %% auto #0
 __all__ = ['vocabulary', 'AlignObjective', 'AlignConfig', 'align']
 
-# %% ../../nbs/43_train.align.ipynb #5d6185d5
+# %% ../../nbs/43_train.align.ipynb #a374423a
 def vocabulary(model: Any) -> int:
     "How many token ids a model knows."
     embedding: Any = host_of(model).get_input_embeddings()
     return len(embedding.weight)
 
-
+# %% ../../nbs/43_train.align.ipynb #5d6185d5
 class AlignObjective(Objective):
     """Mean over layers of the distance between linear and full branch.
 

@@ -4,23 +4,55 @@
 
 # %% ../../nbs/44_train.distill.ipynb #1c4c3075
 from __future__ import annotations
+
+
 from collections.abc import Iterable, Mapping
+
+
 from dataclasses import dataclass
+
+
 from pathlib import Path
+
+
 from typing import Any
+
+
 import torch
+
+
 import torch.nn.functional as F
+
+
 from torch import Tensor, nn
+
+
 from transformers import PreTrainedModel
+
+
 from ..data.batches import check_tokens
+
+
 from ..folder import Run
+
+
 from ..model.hybrid import HybridForCausalLM
+
+
 from flashmorph.model.logits import (
     chunked_mean, hidden_states, host_of, logits_from_hidden, valid,
 )
+
+
 from ..settings import setting, takes
+
+
 from .align import vocabulary
+
+
 from .fit import fit
+
+
 from flashmorph.train.objective import (
     MOST, Callback, FitConfig, FitResult, Objective, flags_kept, stage_settings, thaw,
 )
@@ -151,7 +183,7 @@ def distill(
                        facts={**hybrid_facts(hybrid), **(facts or {})})
         finally: hybrid.eval()
 
-# %% ../../nbs/44_train.distill.ipynb #b0fffbf6
+# %% ../../nbs/44_train.distill.ipynb #786c87fc
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(FitConfig):
     """Settings of stage 4: those of `FitConfig`, and the `answer_weight`.
@@ -163,7 +195,7 @@ class FinetuneConfig(FitConfig):
     lr: float = setting(1e-5, above=0, high=100)
     answer_weight: float = setting(0.0, low=0, high=1000)
 
-
+# %% ../../nbs/44_train.distill.ipynb #b0fffbf6
 @takes(FinetuneConfig)
 def finetune(
     model: nn.Module,  # a hybrid or any causal LM

@@ -128,7 +128,7 @@ class State:
     def result(self) -> FitResult:
         return FitResult(self.stage, self.step, self.tokens, self.seconds, self.events)
 
-# %% ../../nbs/42_train.fit.ipynb #1426a601
+# %% ../../nbs/42_train.fit.ipynb #8c7d3885
 def restore(state: State) -> dict[str, Tensor]:
     """Load the newest checkpoint, if there is one, into the weights and the position in the data.
 
@@ -152,7 +152,7 @@ def restore(state: State) -> dict[str, Tensor]:
     elif state.writes and state.checkpoints: state.checkpoints.clean(1)
     return tensors
 
-
+# %% ../../nbs/42_train.fit.ipynb #1426a601
 def fresh(state: State) -> dict[str, Tensor]:
     "Forget what an earlier training left of this stage; there is nothing to load."
     if state.writes and state.run and state.checkpoints:

@@ -101,7 +101,7 @@ def thaw(model: nn.Module) -> None:
     "Let a model train: all of it if it is frozen as a whole, else what is not frozen already."
     if not any(p.requires_grad for p in model.parameters()): model.requires_grad_(True)
 
-# %% ../../nbs/41_train.objective.ipynb #bcdb3077
+# %% ../../nbs/41_train.objective.ipynb #15ff299b
 @dataclass
 class FitResult:
     "What a training did, the resumed part included: every event, the time and the tokens."
@@ -114,7 +114,7 @@ class FitResult:
     @property
     def losses(self) -> list[float]: return [event["loss"] for event in self.events]
 
-
+# %% ../../nbs/41_train.objective.ipynb #bcdb3077
 class Callback:
     "Watches a training: a widget, a logger. Override what you need."
     def start(self, stage: str, config: FitConfig, events: list[dict[str, Any]]) -> None:

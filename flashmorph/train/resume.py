@@ -56,7 +56,7 @@ def check_facts(
         raise ValueError(f"checkpoint {path} belongs to other settings ({'; '.join(changed)}). "
                          "Resume with the same ones, or use a new run folder.")
 
-# %% ../../nbs/40_train.resume.ipynb #49f54db8
+# %% ../../nbs/40_train.resume.ipynb #59fd4e40
 class Trace:
     "A checksum over the events of a stage, updated event by event."
     def __init__(self, events: Iterable[Mapping[str, Any]] = ()):
@@ -67,7 +67,7 @@ class Trace:
 
     def digest(self) -> str: return self.total.hexdigest()[:16]
 
-
+# %% ../../nbs/40_train.resume.ipynb #c059abde
 def check_events(
     log: Path, stage: str, events: list[dict[str, Any]], step: int, digest: str | None = None
 ) -> None:
@@ -85,11 +85,11 @@ def check_events(
         raise ValueError(f"{log} does not fit the checkpoint of stage {stage!r}: {shown}. "
                          "Bring the log back from a copy, or start the run again.")
 
-
+# %% ../../nbs/40_train.resume.ipynb #49f54db8
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
-# %% ../../nbs/40_train.resume.ipynb #bff059ee
+# %% ../../nbs/40_train.resume.ipynb #ff4c0f69
 def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     "The state of an optimizer as named tensors."
     named = {}
@@ -98,7 +98,7 @@ def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
             named[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     return named
 
-
+# %% ../../nbs/40_train.resume.ipynb #c7b956c9
 def load_optimizer(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
@@ -111,7 +111,7 @@ def load_optimizer(
         device = value.device if key == "step" else parameters[name].device
         optimizer.state[parameters[name]][key] = value.to(device)
 
-
+# %% ../../nbs/40_train.resume.ipynb #bff059ee
 def check_finite(parameters: Mapping[str, nn.Parameter], where: str) -> None:
     "Raise `FloatingPointError` if a weight is no number any more."
     bad = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
