@@ -18,7 +18,7 @@ from flashmorph.model.teacher import load_model, load_teacher
 from flashmorph.selection import Ranking, Selection
 from flashmorph.train.align import align
 from flashmorph.train.distill import distill, finetune
-from flashmorph.train.fit import Callback, FitConfig, FitResult
+from flashmorph.train.objective import Callback, FitConfig, FitResult
 
 # Looked up when asked for, because they need ipywidgets and plotly: name -> module.
 ON_DEMAND = {

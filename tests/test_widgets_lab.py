@@ -112,7 +112,7 @@ class PinsOnAPage:
     def layer(self, i: int): return self.page.locator(f'.fm-explorer g[data-layer="{i}"]')
 
     def expect(self, budget: int = 4, **pins) -> None:
-        chosen = top_k(self.order, budget, method="", **pins)
+        chosen = top_k(self.order, budget, method="chosen", **pins)
         assert self.page.evaluate(SET) == list(chosen.layers)
 
     def undo_all(self) -> None:
