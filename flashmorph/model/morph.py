@@ -22,9 +22,9 @@ from ..selection import Selection, check_layers
 from ..store import Damaged, checksum, load_strict, read_tensors, write_aside
 
 # %% auto #0
-__all__ = ['BRANCHES', 'NO_CACHE', 'GatedModel', 'add_branches', 'morph_layers', 'check_gates', 'full_pass', 'past_checkpoints',
-           'record', 'alignment_losses', 'branch_tensors', 'save_branches', 'load_branches', 'one_branch_each',
-           'commit', 'never_random', 'describe', 'MorphableModel', 'morph']
+__all__ = ['BRANCHES', 'NO_CACHE', 'add_branches', 'morph_layers', 'check_gates', 'full_pass', 'past_checkpoints', 'record',
+           'alignment_losses', 'branch_tensors', 'save_branches', 'load_branches', 'one_branch_each', 'commit',
+           'never_random', 'describe', 'MorphableModel', 'morph']
 
 # %% ../../nbs/36_model.morph.ipynb #efaedbd1
 def add_branches(host: PreTrainedModel, mixer: str, sites: Sequence[Site]) -> None:
@@ -265,9 +265,6 @@ class MorphableModel(nn.Module):
         return decode(input_ids=input_ids, attention_mask=attention_mask, **NO_CACHE | kwargs)[0]
 
     def __repr__(self) -> str: return describe(self)
-
-# %% ../../nbs/36_model.morph.ipynb #7c39d333
-GatedModel = MorphableModel  # an earlier name
 
 # %% ../../nbs/36_model.morph.ipynb #9661f999
 def morph(

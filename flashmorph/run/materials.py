@@ -16,7 +16,7 @@ from ..data.text import text, tokenizer_fingerprint
 from ..ledger import Facts
 from ..model.hosts import attention_modules
 from ..model.layers import check_full
-from ..model.teacher import load_teacher
+from ..model.teacher import check_length, load_teacher
 from .recipe import SIZES, TABLES, Recipe, recipe_toml
 from ..selection import check_budget
 from ..store import checksum
@@ -58,13 +58,8 @@ def check_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """Raise `ValueError` if rows are longer than the teacher can read.
 
     Evaluations may be longer where the hybrid has lost its rotary embedding on purpose."""
-    most = getattr(teacher.config, "max_position_embeddings", None)
-    if not isinstance(most, int): return
     for name in ("text", "passkeys", *(["evaluate"] if recipe.full_rope else [])):
-        length = getattr(recipe, name).length
-        if length > most:
-            raise ValueError(f"{name}.length: expected at most {most}, the positions that "
-                             f"{recipe.teacher!r} knows (max_position_embeddings), got {length}")
+        check_length(teacher.config, getattr(recipe, name).length, f"{name}.length")
 
 # %% ../../nbs/81_run.materials.ipynb #3edfb2e5
 def streams(materials: Materials) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from ..choose.uniform import uniform
 from ..measure.cost import CostModel
 from ..measure.evaluate import evaluate_recall
 from ..model.hybrid import HybridConfig
-from ..model.morph import GatedModel, share
+from ..model.morph import MorphableModel, share
 from ..results import METRICS, Cost, amount, percent
 from ..selection import Ranking, Selection
 from .chooser import (
@@ -87,11 +87,11 @@ class RecallMeter:
 
     The first `count` rows are read, `batch_size` at a time. The model is not touched. Raises
     `ValueError` for a `count` or `batch_size` below 1, `TypeError` for another kind of model."""
-    def __init__(self, model: GatedModel, books: Iterable[dict[str, torch.Tensor]], count: int = 32,
-                 batch_size: int = 8):
-        if not isinstance(model, GatedModel):
+    def __init__(self, model: MorphableModel, books: Iterable[dict[str, torch.Tensor]],
+                 count: int = 32, batch_size: int = 8):
+        if not isinstance(model, MorphableModel):
             raise TypeError(f"model: expected a morphable model, got {type(model).__name__}")
-        self.model = GatedModel(share(model.host), model.mixer).eval()
+        self.model = MorphableModel(share(model.host), model.mixer).eval()
         self.books = books
         self.count = _count_of(count, "count")
         self.batch_size = _count_of(batch_size, "batch_size")
