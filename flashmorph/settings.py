@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Self
 from .store import nearest
 
 # %% auto #0
-__all__ = ['PLAIN', 'WORDS', 'MANY', 'F', 'is_bool', 'as_int', 'as_float', 'as_bool', 'as_str', 'converted', 'is_union',
-           'first_of', 'as_tuple', 'Rule', 'setting', 'expected', 'Settings', 'takes']
+__all__ = ['PLAIN', 'MANY', 'WORDS', 'F', 'is_bool', 'as_int', 'as_float', 'as_bool', 'as_str', 'is_union', 'converted',
+           'first_of', 'as_tuple', 'Rule', 'setting', 'expected_list', 'expected', 'UnknownSetting', 'Settings',
+           'takes']
 
 # %% ../nbs/03_settings.ipynb #52087aad
 def is_bool(value: Any) -> bool:
@@ -27,8 +28,10 @@ def as_int(value: Any) -> int:
 
 def as_float(value: Any) -> float:
     if is_bool(value) or isinstance(value, (str, bytes, bytearray)): raise TypeError
-    try: number = float(value)
-    except (OverflowError, ValueError, RuntimeError): raise TypeError from None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError, RuntimeError):
+        raise TypeError from None
     if not math.isfinite(number): raise TypeError
     return number
 
@@ -44,6 +47,11 @@ def as_str(value: Any) -> str:
     return value
 
 # %% ../nbs/03_settings.ipynb #2a53112b
+def is_union(kind: Any) -> bool:
+    "Is this an annotation like `int | None`?"
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+# %% ../nbs/03_settings.ipynb #f8c2b31d
 PLAIN: dict[Any, Callable] = {int: as_int, float: as_float, bool: as_bool, str: as_str}
 
 
@@ -53,28 +61,27 @@ def converted(value: Any, kind: Any) -> Any:
     if kind in PLAIN: return PLAIN[kind](value)
     if is_union(kind): return first_of(value, typing.get_args(kind))
     if typing.get_origin(kind) is tuple: return as_tuple(value, typing.get_args(kind))
+    # what is left is a class
     if isinstance(value, kind): return value
     if issubclass(kind, Settings) and isinstance(value, Mapping): return kind.make(value)
     raise TypeError
-
-
-def is_union(kind: Any) -> bool:
-    "Is this an annotation like `int | None`?"
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 # %% ../nbs/03_settings.ipynb #20d0e2b8
 def first_of(value: Any, kinds: tuple[Any, ...]) -> Any:
     "`value` as the first of `kinds` that it can be."
     for kind in kinds:
-        try: return converted(value, kind)
-        except TypeError: continue
+        try:
+            return converted(value, kind)
+        except TypeError:
+            continue
     raise TypeError
 
-
+# %% ../nbs/03_settings.ipynb #89c0a64f
 def as_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     "`value` as a tuple: of any length if `kinds` ends in `...`, else one value per kind."
     if isinstance(value, (str, bytes, Mapping, set)): raise TypeError
     values = tuple(value)
+    # `tuple[int, ...]`: the one kind holds for every member
     if kinds[-1] is ...: kinds = kinds[:1] * len(values)
     if len(values) != len(kinds): raise TypeError
     return tuple(converted(one, kind) for one, kind in zip(values, kinds))
@@ -116,22 +123,36 @@ def setting(default: Any = MISSING, *, factory: Any = MISSING, **bounds: Any) ->
     return field(default=default, default_factory=factory, metadata={"rule": Rule(**bounds)})
 
 # %% ../nbs/03_settings.ipynb #d4f4d954
-WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 MANY = {int: "integers", float: "numbers", str: "strings"}
+
+
+def expected_list(kinds: tuple[Any, ...], rule: Rule) -> str:
+    "What a setting should be that is a list of `kinds`, in words."
+    count = "" if kinds[-1] is ... else f"{len(kinds)} "
+    members = MANY.get(kinds[0], "values")
+    return f"a list of {count}{members} {rule.words()}".strip()
+
+# %% ../nbs/03_settings.ipynb #7bb1f1f4
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 def expected(kind: Any, rule: Rule) -> str:
     "What a setting should be, in words: `an integer >= 1 or nothing`."
     if rule.choices is not None:
-        return "one of " + ", ".join("nothing" if c is None else repr(c) for c in rule.choices)
+        words = ["nothing" if choice is None else repr(choice) for choice in rule.choices]
+        return "one of " + ", ".join(words)
     if kind is types.NoneType: return "nothing"
-    arguments = typing.get_args(kind)
-    if is_union(kind): return " or ".join(expected(one, rule) for one in arguments)
-    if typing.get_origin(kind) is tuple:
-        count = "" if arguments[-1] is ... else f"{len(arguments)} "
-        return f"a list of {count}{MANY.get(arguments[0], 'values')} {rule.words()}".strip()
-    name = str(WORDS.get(kind) or getattr(kind, "__name__", kind))
-    return f"{name} {rule.words()}".strip() if kind in (int, float) else name
+    kinds = typing.get_args(kind)
+    if is_union(kind): return " or ".join(expected(one, rule) for one in kinds)
+    if typing.get_origin(kind) is tuple: return expected_list(kinds, rule)
+    # a single value; only numbers have bounds
+    if kind in (int, float): return f"{WORDS[kind]} {rule.words()}".strip()
+    return WORDS.get(kind) or str(getattr(kind, "__name__", kind))
+
+# %% ../nbs/03_settings.ipynb #59e76e1c
+class UnknownSetting(KeyError):
+    "A setting that there is not; prints its message as other errors do."
+    def __str__(self) -> str: return str(self.args[0])
 
 # %% ../nbs/03_settings.ipynb #4ab38c81
 class Settings:
@@ -149,12 +170,18 @@ class Settings:
             try:
                 value = converted(given, kinds[f.name])
                 fits = isinstance(value, Settings) or rule.allows(value)
-            except TypeError: fits = False
+            except TypeError:
+                fits = False
             if not fits:
                 words = expected(kinds[f.name], rule)
                 raise ValueError(f"{self.full_name(f.name)}: expected {words}, got {given!r}")
             object.__setattr__(self, f.name, value)
         self.check()
+
+    def __getitem__(self, key: str) -> Any:
+        "The setting called `key`. Raises `KeyError` naming the nearest setting."
+        if key not in self.setting_names(): raise UnknownSetting(self.unknown(key))
+        return getattr(self, key)
 
     def check(self) -> None:
         "What concerns more than one setting; subclasses raise `ValueError`."
@@ -169,6 +196,11 @@ class Settings:
         return [f.name for f in fields(cls)]  # type: ignore[arg-type]
 
     @classmethod
+    def unknown(cls, key: object) -> str:
+        "What an error says of a setting that there is not."
+        return f"unknown setting {cls.full_name(str(key))}; {nearest(key, cls.setting_names())}"
+
+    @classmethod
     def make(cls, values: Mapping[str, Any] | Self | None = None, /, **more: Any) -> Self:
         "From a mapping, as a recipe gives it, or from settings, with `more` in their place."
         before = vars(values) if isinstance(values, cls) else values or {}
@@ -176,9 +208,7 @@ class Settings:
             raise TypeError(f"expected {cls.__name__} or a mapping, got {type(values).__name__}")
         given = {**before, **more}
         for key in given:
-            if key not in cls.setting_names():
-                hint = nearest(key, cls.setting_names())
-                raise ValueError(f"unknown setting {cls.full_name(key)}; {hint}")
+            if key not in cls.setting_names(): raise ValueError(cls.unknown(key))
         return cls(**given)
 
 # %% ../nbs/03_settings.ipynb #61b31d1a

@@ -61,6 +61,19 @@ def test_late_settings(wrong):
     with pytest.raises(ValueError): recipe_from_dict(wrong)
 
 
+def test_settings_are_read_by_name():
+    "21: `recipe.distill[\"steps\"]`, as a file calls it; anything else is answered with a name."
+    recipe = Recipe(distill={"steps": 7}, text={"source": "a.txt"})
+    for table in TABLES:
+        values = getattr(recipe, table)
+        assert {name: values[name] for name in values.setting_names()} == vars(values)
+    assert recipe["distill"]["steps"] == 7
+    with pytest.raises(KeyError) as error: recipe.distill["stpes"]
+    assert str(error.value).startswith("unknown setting distill.stpes; did you mean 'steps'?")
+    for no_setting in ("check", "make", "table", "__doc__", 0, None):
+        with pytest.raises(KeyError, match="unknown setting"): recipe.distill[no_setting]
+
+
 def test_tables_inherit():
     "The source of the text and the sizes of the books, unless a table has its own."
     recipe = Recipe(text={"source": "a.jsonl", "column": "story"}, passkeys={"length": 96})
