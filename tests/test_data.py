@@ -15,14 +15,19 @@ from flashmorph.data.passkeys import (
     BookTemplate,
     Passkeys,
     PasskeysConfig,
-    SentenceEnds,
     encode_piece,
     ordinal,
     passkeys,
 )
 from flashmorph.data.sources import documents
 from flashmorph.data.stories import Stories
-from flashmorph.data.text import TextConfig, TokenBlocks, text, tokenizer_fingerprint
+from flashmorph.data.text import (
+    SentenceEnds,
+    TextConfig,
+    TokenBlocks,
+    text,
+    tokenizer_fingerprint,
+)
 from flashmorph.run.pretrain import build_tokenizer
 
 LETTERS = [chr(i) for i in range(32, 127)]

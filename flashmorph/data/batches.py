@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['ROW', 'as_tensors', 'stack', 'real_tokens', 'check_tokens', 'rows_of', 'restart', 'Batches']
+__all__ = ['ROW', 'as_tensors', 'stack_key', 'stack', 'real_tokens', 'check_ids', 'check_tokens', 'rows_of', 'restart', 'Batches']
 
 # %% ../../nbs/26_data.batches.ipynb #ef00fe4b
 ROW = "a row is a dict of tensors, for example {'input_ids': (T,), 'attention_mask': (T,)}"
@@ -20,32 +20,50 @@ ROW = "a row is a dict of tensors, for example {'input_ids': (T,), 'attention_ma
 def as_tensors(row: Any) -> dict[str, Tensor]:
     "A row as a dict of tensors. Raises `ValueError` for anything else."
     if not isinstance(row, Mapping) or not row:
-        raise ValueError(f"{ROW}; got {type(row).__name__} {str(row)[:60]}")
+        kind = type(row).__name__
+        raise ValueError(f"{ROW}; got {kind} {str(row)[:60]}")
     try: return {key: torch.as_tensor(value) for key, value in row.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{ROW}; got the keys {list(row)} and {error}") from None
+
+# %% ../../nbs/26_data.batches.ipynb #e7161f41
+def stack_key(key: str, rows: list[dict[str, Tensor]]) -> Tensor:
+    "The tensors `key` of all rows, stacked. Raises `ValueError` if their shapes differ."
+    shapes = sorted({tuple(row[key].shape) for row in rows})
+    if len(shapes) > 1:
+        raise ValueError(f"rows of a batch differ: {key!r} has the shapes {shapes}; "
+                         "cut them to one length, or pad them and give an attention_mask")
+    return torch.stack([row[key] for row in rows])
 
 # %% ../../nbs/26_data.batches.ipynb #0ffa44e4
 def stack(rows: Iterable[Any]) -> dict[str, Tensor]:
     "One batch: each key's tensors of all rows, stacked. Raises `ValueError` if rows differ."
     tensors = [as_tensors(row) for row in rows]
+    first = tensors[0]
     for row in tensors:
-        if row.keys() != tensors[0].keys():
-            raise ValueError(f"rows of a batch differ: keys {list(tensors[0])} and {list(row)}")
-    batch = {}
-    for key in tensors[0]:
-        shapes = sorted({tuple(row[key].shape) for row in tensors})
-        if len(shapes) > 1:
-            raise ValueError(f"rows of a batch differ: {key!r} has the shapes {shapes}; "
-                             "cut them to one length, or pad them and give an attention_mask")
-        batch[key] = torch.stack([row[key] for row in tensors])
-    return batch
+        if row.keys() != first.keys():
+            raise ValueError(f"rows of a batch differ: keys {list(first)} and {list(row)}")
+    return {key: stack_key(key, tensors) for key in first}
 
 # %% ../../nbs/26_data.batches.ipynb #f267f06f
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     "Bool (B, T): the tokens of a batch that are no padding."
     mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    if mask is None: return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    return mask.bool()
+
+# %% ../../nbs/26_data.batches.ipynb #b1f0e267
+def check_ids(ids: Tensor, vocab_size: int, least: int = 1) -> None:
+    "Raise `ValueError` unless `ids` are `(B, T)` of a vocabulary of this size, `least` in a row."
+    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < least:
+        got = f"{tuple(ids.shape[1:])} of {ids.dtype}"
+        raise ValueError(f"'input_ids': expected {least} or more integers (T,) a row, got {got}")
+    low = int(ids.min())
+    high = int(ids.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token {wrong} is none of the model's 0 to {vocab_size - 1}: "
+                         "are the rows made with the model's own tokenizer?")
 
 # %% ../../nbs/26_data.batches.ipynb #399598c4
 def check_tokens(
@@ -60,14 +78,8 @@ def check_tokens(
     needed = "'input_ids': (T,) and 'answers': (T,)" if answers else "'input_ids': (T,)"
     if ids is None or (answers and "answers" not in batch):
         raise ValueError(f"this stage needs rows with {needed}, got {sorted(batch)}")
-    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < least:
-        got = f"{tuple(ids.shape[1:])} of {ids.dtype}"
-        raise ValueError(f"'input_ids': expected {least} or more integers (T,) a row, got {got}")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token {wrong} is none of the model's 0 to {vocab_size - 1}: "
-                         "are the rows made with the model's own tokenizer?")
+    check_ids(ids, vocab_size, least)
+    # one number per token
     for key in ("attention_mask", "answers"):
         if key in batch and batch[key].shape != ids.shape:
             shapes = f"{tuple(batch[key].shape[1:])} beside {tuple(ids.shape[1:])}"
@@ -82,7 +94,7 @@ def rows_of(data: Iterable[Any]) -> Iterator[Any]:
         raise TypeError(f"expected a list or a stream of rows, got {type(data).__name__}; {ROW}")
     return iter(data)
 
-
+# %% ../../nbs/26_data.batches.ipynb #15e4deb4
 def restart(data: Any) -> None:
     "Make a streaming dataset forget the position that it was resumed from."
     library = sys.modules.get("datasets")

@@ -11,7 +11,7 @@ import torch
 from .stories import digest, state_value
 
 # %% auto #0
-__all__ = ['check_weights', 'fingerprint', 'Mixture', 'whole_number', 'stack', 'batches']
+__all__ = ['check_weights', 'fingerprint', 'draw_stream', 'Mixture', 'whole_number', 'check_alike', 'stack', 'batches']
 
 # %% ../../nbs/24_data.mixture.ipynb #9f549c32
 def check_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -27,6 +27,12 @@ def check_weights(weights: Sequence[float], count: int) -> list[float]:
 def fingerprint(stream: Any) -> str:
     "The fingerprint of a stream; the name of its class, if it has none."
     return stream.fingerprint() if hasattr(stream, "fingerprint") else type(stream).__name__
+
+# %% ../../nbs/24_data.mixture.ipynb #26e97335
+def draw_stream(weights: Sequence[float], seed: int, index: int) -> int:
+    "The number of the stream that row `index` of a mixture comes from."
+    rng = random.Random(f"mixture {seed} {index}")
+    return rng.choices(range(len(weights)), weights)[0]
 
 # %% ../../nbs/24_data.mixture.ipynb #1897f8db
 class Mixture:
@@ -49,17 +55,17 @@ class Mixture:
         shape = None
         while True:
             # which stream is next
-            rng = random.Random(f"mixture {self.seed} {self.index}")
-            drawn = rng.choices(range(len(rows)), self.weights)[0]
+            drawn = draw_stream(self.weights, self.seed, self.index)
             self.index += 1
             # its next row
             row = next(rows[drawn], None)
             if row is None: return
-            shape = shape or row["input_ids"].shape
-            if row["input_ids"].shape != shape:
+            ids = row["input_ids"]
+            shape = shape or ids.shape
+            if ids.shape != shape:
                 raise ValueError("a mixture needs streams of rows of one length, got rows of "
-                                 f"{shape[0]} and of {row['input_ids'].shape[0]} tokens")
-            yield {"answers": torch.zeros_like(row["input_ids"]), **row}
+                                 f"{shape[0]} and of {ids.shape[0]} tokens")
+            yield {"answers": torch.zeros_like(ids), **row}
 
     def state_dict(self) -> dict[str, Any]:
         return {"index": self.index, "streams": [stream.state_dict() for stream in self.streams]}
@@ -87,13 +93,9 @@ def whole_number(name: str, value: Any, low: int = 1) -> int:
         raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
     return number
 
-# %% ../../nbs/24_data.mixture.ipynb #0c465930
-def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """One batch of `rows`: what has length `(length,)` in a row is `(len(rows), length)`.
-
-    Raises `ValueError` for no row and for rows of different keys or lengths, `TypeError` for what
-    is no row."""
-    # are these rows, and alike?
+# %% ../../nbs/24_data.mixture.ipynb #7e3bcebb
+def check_alike(rows: Sequence[Any]) -> None:
+    "Raises `TypeError` for what is no row, `ValueError` for rows of different keys and for none."
     for row in rows:
         if not isinstance(row, Mapping):
             raise TypeError("a row is a dict of tensors, such as 'input_ids'; "
@@ -102,7 +104,13 @@ def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             raise ValueError("the rows of a batch need the same keys, "
                              f"got {sorted(rows[0])} and {sorted(row)}")
     if not rows: raise ValueError("a batch needs at least one row")
-    # a tensor of each key
+
+# %% ../../nbs/24_data.mixture.ipynb #0c465930
+def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """One batch of `rows`: what has length `(length,)` in a row is `(len(rows), length)`.
+
+    Raises `ValueError` for rows of different lengths, and errors as `check_alike`."""
+    check_alike(rows)
     batch = {}
     for key in rows[0]:
         parts = [torch.as_tensor(row[key]) for row in rows]

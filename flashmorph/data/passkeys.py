@@ -7,7 +7,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from string import Formatter
 from typing import Any, ClassVar
@@ -16,13 +15,13 @@ from .files import SourceConfig
 from .mixture import whole_number
 from .sources import Documents, open_source
 from .stories import StoryDocuments, digest, state_value
-from .text import MOST, TokenBlocks, check_tokenizer, encode
+from .text import MOST, SentenceEnds, TokenBlocks, check_tokenizer, encode
 from ..settings import setting
 
 # %% auto #0
-__all__ = ['NATO', 'PLACEHOLDERS', 'ANCHORS', 'END_MARKS', 'CLOSERS', 'SENTENCE', 'BOOK', 'ordinal', 'BookTemplate',
-           'PasskeysConfig', 'encode_piece', 'ends_sentence', 'SentenceEnds', 'BookPieces', 'hide', 'BookWriter',
-           'Passkeys', 'passkeys']
+__all__ = ['NATO', 'PLACEHOLDERS', 'ANCHORS', 'BOOK', 'ordinal', 'placeholders', 'BookTemplate', 'PasskeysConfig', 'encode_piece',
+           'BookPieces', 'questions', 'longest_word', 'shortest_book', 'nearest_end', 'hide', 'draw_keys', 'check_room',
+           'BookWriter', 'Passkeys', 'passkeys']
 
 # %% ../../nbs/25_data.passkeys.ipynb #a77bc7ed
 NATO = """alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november
@@ -35,7 +34,15 @@ def ordinal(n: int) -> str:
     n = whole_number("ordinal", n)
     if n <= len(_ORDINALS): return _ORDINALS[n - 1]
     if n % 100 in (11, 12, 13): return f"{n}th"
-    return f"{n}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th') }"
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
+
+# %% ../../nbs/25_data.passkeys.ipynb #5e813ecb
+def placeholders(text: Any) -> list[str] | None:
+    "The names in braces in `text`, sorted; `None` for what is no text or has a single brace."
+    try: parts = list(Formatter().parse(text))
+    except (TypeError, ValueError): return None
+    return sorted({name for _, name, _, _ in parts if name is not None})
 
 # %% ../../nbs/25_data.passkeys.ipynb #20acc1f0
 PLACEHOLDERS = {"needle": ["ordinal", "words"], "question": ["ordinal"], "answer": ["words"]}
@@ -58,9 +65,7 @@ class BookTemplate:
         for piece in fields(self):
             text = getattr(self, piece.name)
             needed = PLACEHOLDERS.get(piece.name, [])
-            try: found = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
-            except (TypeError, ValueError): found = None
-            if found is not None and sorted(set(found)) == needed: continue
+            if placeholders(text) == needed: continue
             wanted = " and ".join(f"{{{name}}}" for name in needed) or "no braces"
             raise ValueError(f"template.{piece.name}: expected text with {wanted}, got {text!r}")
 
@@ -97,46 +102,6 @@ def encode_piece(tokenizer: Any, piece: str, anchor: str = ".") -> list[int]:
         if head and both[:len(head)] == head: return both[len(head):]
     return encode(tokenizer, piece)
 
-# %% ../../nbs/25_data.passkeys.ipynb #e6552dc2
-END_MARKS = ".!?…。．！？｡।॥؟۔։።፧។៕။…"
-CLOSERS = "\"'”’»)]」』）"
-SENTENCE = 100      # tokens: a longer stretch without an end may be cut anywhere
-
-
-def ends_sentence(text: str) -> bool:
-    "Whether the last character of `text` ends a sentence, quotes and spaces behind it aside."
-    return text.rstrip().rstrip(CLOSERS).endswith(tuple(END_MARKS))
-
-# %% ../../nbs/25_data.passkeys.ipynb #7f98497e
-class SentenceEnds:
-    "Where sentences end in the tokens of `tokenizer`."
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.texts: dict[tuple[int, ...], str] = {}
-
-    def text(self, *ids: int) -> str:
-        if ids not in self.texts: self.texts[ids] = self.tokenizer.decode(list(ids))
-        return self.texts[ids]
-
-    def until(self, ids: Sequence[int], i: int) -> str:
-        "The text of the tokens before position `i`, as many as its last character has."
-        text = self.text(ids[i - 1])
-        size = 1
-        while text.endswith("\ufffd") and size < min(i, 4):
-            size += 1
-            text = self.text(*ids[i - size:i])
-        return text
-
-    def __call__(self, ids: Sequence[int]) -> list[int]:
-        "Positions in `ids`, 0 first, behind which no sentence is cut."
-        texts = [self.until(ids, i) for i in range(1, len(ids) + 1)]
-        ends = [0, *(i for i, text in enumerate(texts, 1) if ends_sentence(text))]
-        # long stretches without an end
-        for low, high in pairwise([*ends, len(ids)]):
-            if high - low <= SENTENCE: continue
-            ends += [i for i in range(low + 1, high) if not texts[i - 1].endswith("\ufffd")]
-        return sorted(ends)
-
 # %% ../../nbs/25_data.passkeys.ipynb #4a065cb0
 class BookPieces:
     "The sentences of a template as token ids of one tokenizer."
@@ -156,84 +121,115 @@ class BookPieces:
         if piece not in self.fixed: self.fixed[piece] = encode_piece(self.tokenizer, piece)
         return self.fixed[piece]
 
-    def questions(self, keys: list[str], order: Iterable[int]) -> tuple[list[int], list[int]]:
-        "The end of a book: ids, and on answer tokens the number (1..) of the passkey, elsewhere 0."
-        ids = list(self("closing"))
-        answers = [0] * len(ids)
-        for n in order:
-            question = self("question", ordinal=ordinal(n + 1))
-            answer = self("answer", words=keys[n])
-            stop = self("stop")
-            ids += question + answer + stop
-            answers += [0] * len(question) + [n + 1] * len(answer) + [0] * len(stop)
-        return ids, answers
+# %% ../../nbs/25_data.passkeys.ipynb #3a921464
+def questions(pieces: BookPieces, keys: list[str],
+              order: Iterable[int]) -> tuple[list[int], list[int]]:
+    "The end of a book: ids, and on answer tokens the number (1..) of the passkey, elsewhere 0."
+    ids = list(pieces("closing"))
+    answers = [0] * len(ids)
+    for n in order:
+        question = pieces("question", ordinal=ordinal(n + 1))
+        answer = pieces("answer", words=keys[n])
+        stop = pieces("stop")
+        ids += question + answer + stop
+        answers += [0] * len(question)
+        answers += [n + 1] * len(answer)
+        answers += [0] * len(stop)
+    return ids, answers
 
-    def shortest(self, keys: int, words_per_key: int, words: Sequence[str]) -> int:
-        "Tokens of a book without background, if every passkey is made of the longest word."
-        longest = max(words, key=lambda word: len(encode_piece(self.tokenizer, f" {word}")))
-        key = " ".join([longest] * words_per_key)
-        total = len(self.bos) + len(self("opening")) + len(self("closing"))
-        total += keys * (len(self("answer", words=key)) + len(self("stop")))
-        for n in range(1, keys + 1):
-            total += len(self("needle", ordinal=ordinal(n), words=key))
-            total += len(self("question", ordinal=ordinal(n)))
-        return total
+# %% ../../nbs/25_data.passkeys.ipynb #9f90f730
+def longest_word(tokenizer: Any, words: Sequence[str]) -> str:
+    "The one of `words` that takes the most tokens in running text; the first of several."
+    return max(words, key=lambda word: len(encode_piece(tokenizer, f" {word}")))
+
+# %% ../../nbs/25_data.passkeys.ipynb #94f555b4
+def shortest_book(pieces: BookPieces, keys: int, words_per_key: int, words: Sequence[str]) -> int:
+    "Tokens of a book without background, if every passkey is made of the longest of `words`."
+    longest = longest_word(pieces.tokenizer, words)
+    key = " ".join([longest] * words_per_key)
+    total = sum(map(len, (pieces.bos, pieces("opening"), pieces("closing"))))
+    for n in range(1, keys + 1):
+        needle = pieces("needle", ordinal=ordinal(n), words=key)
+        question = pieces("question", ordinal=ordinal(n))
+        total += len(needle) + len(question)
+    # each answer has one length
+    answer = pieces("answer", words=key) + pieces("stop")
+    return total + keys * len(answer)
+
+# %% ../../nbs/25_data.passkeys.ipynb #36a78f1d
+def nearest_end(ends: list[int], place: float) -> int:
+    "The one of `ends` nearest to `place`; the first of two as near."
+    return min(ends, key=lambda end: abs(end - place))
 
 # %% ../../nbs/25_data.passkeys.ipynb #d825ef39
 def hide(rng: random.Random, needles: list[list[int]], story: list[int], ends: list[int],
          depths: int) -> list[int]:
-    "`story` with each of `needles` at the one of `ends` nearest to a random depth of `depths`."
+    "`story` with `needles`, each at that of `ends` nearest to a random depth of `depths`."
     drawn = rng.choices(range(depths + 1), k=len(needles))
-    at = [min(ends, key=lambda end: abs(end - depth / depths * len(story))) for depth in drawn]
+    at = [nearest_end(ends, depth / depths * len(story)) for depth in drawn]
+    order = sorted(range(len(needles)), key=lambda n: (at[n], rng.random()))
+    # the needles, and the story between them
     ids: list[int] = []
     start = 0
-    for n in sorted(range(len(needles)), key=lambda n: (at[n], rng.random())):
-        ids += story[start:at[n]] + needles[n]
+    for n in order:
+        ids += story[start:at[n]]
+        ids += needles[n]
         start = at[n]
     return ids + story[start:]
 
+# %% ../../nbs/25_data.passkeys.ipynb #0bd17cd9
+def draw_keys(rng: random.Random, config: PasskeysConfig,
+              words: list[str]) -> tuple[list[str], list[int]]:
+    "The passkeys of a book, and their order (0..) in the questions."
+    keys = []
+    for _ in range(config.keys):
+        drawn = rng.choices(words, k=config.words_per_key)
+        keys.append(" ".join(drawn))
+    order = list(range(config.keys))
+    if config.shuffle: order = rng.sample(order, config.keys)
+    return keys, order
+
+# %% ../../nbs/25_data.passkeys.ipynb #4d1addae
+def check_room(config: PasskeysConfig, shortest: int) -> None:
+    "Raises `ValueError` if books are shorter than `shortest`, and names that length."
+    if config.length >= shortest: return
+    raise ValueError(f"length={config.length} is too short for {config.keys} passkeys of "
+                     f"{config.words_per_key} words with this tokenizer and template: "
+                     f"the shortest possible length is {shortest}")
+
 # %% ../../nbs/25_data.passkeys.ipynb #9de0ec62
-BOOK = [n for n in PasskeysConfig.setting_names() if n not in SourceConfig.setting_names()]
-
-
 class BookWriter:
     """Writes passkey books: number, background and `seed` decide what is in a book.
 
-    Raises `ValueError` if the length cannot hold the passkeys, naming the shortest that can."""
+    Raises `ValueError` if the length cannot hold the passkeys, as `check_room`."""
     def __init__(self, tokenizer: Any, config: PasskeysConfig, template: BookTemplate, seed: int):
         self.config = config
         self.seed = seed
         self.words = list(config.words or NATO)
         self.pieces = BookPieces(tokenizer, template)
         self.ends = SentenceEnds(tokenizer)
-        self.shortest = self.pieces.shortest(config.keys, config.words_per_key, self.words)
-        if config.length >= self.shortest: return
-        raise ValueError(f"length={config.length} is too short for {config.keys} passkeys of "
-                         f"{config.words_per_key} words with this tokenizer and template: "
-                         f"the shortest possible length is {self.shortest}")
+        self.shortest = shortest_book(self.pieces, config.keys, config.words_per_key, self.words)
+        check_room(config, self.shortest)
 
     def __call__(self, index: int, background: list[int]) -> dict[str, torch.Tensor]:
         "Book number `index`; of `background`, at least `length` tokens, what fits is used."
-        config = self.config
         rng = random.Random(f"book {self.seed} {index}")
-        keys = [self._key(rng) for _ in range(config.keys)]
-        order = list(range(config.keys))
-        if config.shuffle: order = rng.sample(order, config.keys)
+        keys, order = draw_keys(rng, self.config, self.words)
         # what must be in the book
         head = self.pieces.bos + self.pieces("opening")
-        needles = [self._needle(n, key) for n, key in enumerate(keys, 1)]
-        tail, answers = self.pieces.questions(keys, order)
+        needles = [self.pieces("needle", ordinal=ordinal(n), words=key)
+                   for n, key in enumerate(keys, 1)]
+        tail, asked = questions(self.pieces, keys, order)
         # the story fills the rest
-        story = background[:config.length - len(head) - len(tail) - sum(map(len, needles))]
-        ids = head + hide(rng, needles, story, self.ends(story), config.depths)
-        answers = [0] * len(ids) + answers
+        taken = len(head) + len(tail) + sum(map(len, needles))
+        story = background[:self.config.length - taken]
+        ids = head + hide(rng, needles, story, self.ends(story), self.config.depths)
+        answers = [0] * len(ids) + asked
         return {"input_ids": torch.tensor(ids + tail), "answers": torch.tensor(answers)}
 
-    def _key(self, rng: random.Random) -> str:
-        return " ".join(rng.choices(self.words, k=self.config.words_per_key))
-
-    def _needle(self, number: int, key: str) -> list[int]:
-        return self.pieces("needle", ordinal=ordinal(number), words=key)
+# %% ../../nbs/25_data.passkeys.ipynb #08880726
+# the settings of a book: all that are not settings of its background
+BOOK = [n for n in PasskeysConfig.setting_names() if n not in SourceConfig.setting_names()]
 
 # %% ../../nbs/25_data.passkeys.ipynb #67086b6b
 class Passkeys:
@@ -274,8 +270,9 @@ class Passkeys:
     def fingerprint(self) -> str:
         "A short hash of what the books depend on."
         settings = [getattr(self.config, name) for name in BOOK]
-        words, template = self.write.words, asdict(self.write.pieces.template)
-        return digest(self.blocks.fingerprint(), settings, words, template, self.write.seed)
+        template = asdict(self.write.pieces.template)
+        written = settings, self.write.words, template, self.write.seed
+        return digest(self.blocks.fingerprint(), *written)
 
 # %% ../../nbs/25_data.passkeys.ipynb #b7790979
 def passkeys(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed: int = 0,

@@ -4,8 +4,9 @@
 
 # %% ../../nbs/23_data.text.ipynb #b3ac05bd
 from __future__ import annotations
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 import torch
@@ -15,7 +16,8 @@ from .stories import Stories, StoryDocuments, digest, state_value
 from ..settings import setting
 
 # %% auto #0
-__all__ = ['MOST', 'CHANGED', 'SAMPLE', 'TextConfig', 'check_tokenizer', 'encode', 'token_documents', 'TokenBlocks',
+__all__ = ['MOST', 'END_MARKS', 'CLOSERS', 'SENTENCE', 'PART', 'CHANGED', 'SAMPLE', 'TextConfig', 'check_tokenizer', 'encode',
+           'ends_sentence', 'sentence_ends', 'SentenceEnds', 'token_documents', 'read_position', 'TokenBlocks',
            'tokenizer_fingerprint', 'text']
 
 # %% ../../nbs/23_data.text.ipynb #2d13e2a1
@@ -43,6 +45,57 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     except Exception as e:
         raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {first_line(e)}") from e
 
+# %% ../../nbs/23_data.text.ipynb #e6552dc2
+END_MARKS = ".!?…。．！？｡।॥؟۔։።፧។៕။…"
+CLOSERS = "\"'”’»)]」』）"
+SENTENCE = 100      # tokens: a longer stretch without an end may be cut anywhere
+
+
+def ends_sentence(text: str) -> bool:
+    "Whether the last character of `text` ends a sentence, quotes and spaces behind it aside."
+    return text.rstrip().rstrip(CLOSERS).endswith(tuple(END_MARKS))
+
+# %% ../../nbs/23_data.text.ipynb #65e80bf2
+PART = "\ufffd"      # what a tokenizer decodes a part of a character to
+
+
+def sentence_ends(texts: Sequence[str]) -> list[int]:
+    """Positions behind which no sentence is cut, 0 first; `texts[i]` ends at position `i + 1`.
+
+    A stretch longer than `SENTENCE` may be cut behind any whole character."""
+    ends = [0]
+    ends += [i for i, text in enumerate(texts, 1) if ends_sentence(text)]
+    # long stretches
+    for low, high in pairwise([*ends, len(texts)]):
+        if high - low <= SENTENCE: continue
+        inside = range(low + 1, high)
+        ends += [i for i in inside if not texts[i - 1].endswith(PART)]
+    return sorted(ends)
+
+# %% ../../nbs/23_data.text.ipynb #7f98497e
+class SentenceEnds:
+    "Where sentences end in the tokens of `tokenizer`."
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.texts: dict[tuple[int, ...], str] = {}
+
+    def text(self, *ids: int) -> str:
+        if ids not in self.texts: self.texts[ids] = self.tokenizer.decode(list(ids))
+        return self.texts[ids]
+
+    def until(self, ids: Sequence[int], i: int) -> str:
+        "The text of the tokens before position `i`, as many as its last character has."
+        text = self.text(ids[i - 1])
+        size = 1
+        while text.endswith(PART) and size < min(i, 4):
+            size += 1
+            text = self.text(*ids[i - size:i])
+        return text
+
+    def __call__(self, ids: Sequence[int]) -> list[int]:
+        "Positions in `ids`, 0 first, behind which no sentence is cut."
+        return sentence_ends([self.until(ids, i) for i in range(1, len(ids) + 1)])
+
 # %% ../../nbs/23_data.text.ipynb #5742dabc
 CHANGED = "the text has changed since the position was saved: a document is shorter than before"
 
@@ -66,6 +119,17 @@ def token_documents(tokenizer: Any, docs: Documents | StoryDocuments,
             place = {"docs": docs.state_dict(), "epoch": epoch}
         epoch += 1
     raise ValueError("the text source is empty: expected at least one document with some text")
+
+# %% ../../nbs/23_data.text.ipynb #ae661237
+def read_position(state: Any) -> dict[str, Any]:
+    "The position of `TokenBlocks` in a saved state; `ValueError` for a damaged one."
+    docs = state_value(state, "docs", dict)
+    position = {"docs": docs, "epoch": state_value(state, "epoch")}
+    if "rest" in state:                      # of the first edition, which knew no `used`
+        position["rest"] = state_value(state, "rest", list)
+        state = {"used": 0, **state}
+    position["used"] = state_value(state, "used")
+    return position
 
 # %% ../../nbs/23_data.text.ipynb #a3449803
 class TokenBlocks:
@@ -92,31 +156,32 @@ class TokenBlocks:
         used = self.position["used"]
         rest = self.position.get("rest", [])     # from a first-edition state: tokens before
         for place, ids in token_documents(self.tokenizer, self.docs, self.epoch):
-            if rest: place, ids = {**place, "rest": rest}, rest + ids
+            if rest:
+                place = {**place, "rest": rest}
+                ids = rest + ids
             if used > len(ids): raise ValueError(CHANGED)
             # the rows that end in this document
             while len(row) + len(ids) - used >= self.length:
                 end = used + self.length - len(row)
                 self.position = {**place, "used": end}
                 yield {"input_ids": torch.tensor(row + ids[used:end])}
-                row, used = [], end
+                row = []
+                used = end
             row += ids[used:]
-            used, rest = 0, []
+            used = 0
+            rest = []
 
     def state_dict(self) -> dict[str, Any]: return dict(self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        position = {"docs": state_value(state, "docs", dict), "epoch": state_value(state, "epoch")}
-        if "rest" in state:                      # of the first edition, which knew no `used`
-            position["rest"] = state_value(state, "rest", list)
-            state = {"used": 0, **state}
-        position["used"] = state_value(state, "used")
+        position = read_position(state)
         self.docs.load_state_dict(position["docs"])
         self.position = position
 
     def fingerprint(self) -> str:
         "A short hash of what the rows depend on: documents, tokenizer, length."
-        return digest(self.docs.fingerprint(), tokenizer_fingerprint(self.tokenizer), self.length)
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        return digest(self.docs.fingerprint(), tokenizer, self.length)
 
 # %% ../../nbs/23_data.text.ipynb #4b53c40a
 SAMPLE = Stories(0)[0] + "\n\tÜber 3.14 漢字: (“x”)"
