@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .chunked import CHUNK, Segment, chunks, gdn_backward, gdn_forward, gla_backward
-from .chunked import gla_forward, lightning_backward, lightning_forward, token_decays
+from .chunked import CHUNK, OutAndState, Segment, chunks, gdn_backward, gdn_forward
+from .chunked import gla_backward, gla_forward, lightning_backward, lightning_forward
+from .chunked import token_decays
 from .decays import Memory, channel_decays, doubling
-from .reference import check_gdn, check_gla, check_lightning, compute_dtype
+from .reference import check_gdn, check_gla, check_lightning, first_state
 
 # %% ../../nbs/13_ops.fast.ipynb #d3aa5943
 SHARED = {"dq": "q since", "dk": "k until", "d near": "near", "steps": "near k",
@@ -45,10 +46,13 @@ class WholeChunks:
     """`gla_forward` where blocks are whole chunks, for segments of one size: views are made once.
 
     Reads `since` where `channel_decays` left it in the same memory."""
-    def __init__(self, memory: Memory, N: int, B: int, H: int, C: int, Dk: int, Dv: int):
-        def room(name, width): return memory.empty(name, N, B, H, C, width)
-        self.q_since, self.k_until = room("q since", Dk), room("k until", Dk)
-        self.v, self.o = room("v", Dv), room("o", Dv)
+    def __init__(self, memory: Memory, *sizes: int):
+        N, B, H, C, Dk, Dv = sizes
+        def room(name: str, width: int) -> Tensor: return memory.empty(name, N, B, H, C, width)
+        self.q_since = room("q since", Dk)
+        self.k_until = room("k until", Dk)
+        self.v = room("v", Dv)
+        self.o = room("o", Dv)
         self.A = room("near", C)
         self.since = memory.once(doubling, N, B, H, C, Dk, C)[0]
         self.total = self.since[..., -1:, :]
@@ -56,12 +60,15 @@ class WholeChunks:
         self.states = states.unbind(0)
         self.steps = list(zip(self.states, self.states[1:], self.total.mT.unbind(0)))
         # The same memory as lists of matrices, for batched products.
-        self.flat_q, self.flat_v = self.q_since.flatten(0, 2), self.v.flatten(0, 2)
-        self.flat_o, self.flat_A = self.o.flatten(0, 2), self.A.flatten(0, 2)
+        self.flat_q = self.q_since.flatten(0, 2)
         self.flat_kT = self.k_until.flatten(0, 2).mT
-        self.before, self.after = states[:-1].flatten(0, 2), states[1:].flatten(0, 2)
+        self.flat_v = self.v.flatten(0, 2)
+        self.flat_o = self.o.flatten(0, 2)
+        self.flat_A = self.A.flatten(0, 2)
+        self.before = states[:-1].flatten(0, 2)
+        self.after = states[1:].flatten(0, 2)
 
-    def __call__(self, segment: Segment, scale: float, S: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, segment: Segment, scale: float, S: Tensor) -> OutAndState:
         torch.mul(segment.q, self.since, out=self.q_since)
         torch.div(segment.k, self.since, out=self.k_until)
         torch.bmm(self.flat_q, self.flat_kT, out=self.flat_A)
@@ -78,13 +85,14 @@ class WholeChunks:
         torch.baddbmm(o, self.flat_A, self.flat_v, beta=scale, alpha=scale, out=o)
         return self.o, self.states[-1].clone()
 
-def gla_forward_fast(
-    memory: Memory, segment: Segment, scale: float, S: Tensor,
-) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/13_ops.fast.ipynb #2bbe32c6
+def gla_forward_fast(memory: Memory, segment: Segment, scale: float, S: Tensor) -> OutAndState:
     "`gla_forward`, by `WholeChunks` where `segment.decays` allow."
-    q, since = segment.q, segment.decays
-    if since.shape[4] == q.shape[3] > 1:            # a single token's decay is not divided by
-        return memory.once(WholeChunks, *q.shape, segment.v.shape[4])(segment, scale, S)
+    q = segment.q
+    chunk = segment.decays.shape[4]
+    if chunk == q.shape[3] > 1:                     # a single token's decay is not divided by
+        whole = memory.once(WholeChunks, *q.shape, segment.v.shape[4])
+        return whole(segment, scale, S)
     return gla_forward(memory, segment, scale, S)
 
 # %% ../../nbs/13_ops.fast.ipynb #84731ebb
@@ -111,13 +119,16 @@ class Inputs(NamedTuple):
     log_decay: Tensor | None    # None as a gradient that nobody needs
     beta: Tensor | None = None
 
+# %% ../../nbs/13_ops.fast.ipynb #04f1be35
 def _per_head(op: Op, memory: Memory, log_decay: Tensor, T: int, n: int) -> list[Any]:
     "Decays `(H,)`, for each segment: the same in all chunks but one that is filled up at the end."
     g = chunks(log_decay.expand(1, T, -1), n)
     last = op.decays(memory, g[-1][:1])
     if T % CHUNK == 0 or len(g) == 1: return [last] * len(g)
-    return [op.decays(memory, g[0][:1])] * (len(g) - 1) + [last]
+    whole = op.decays(memory, g[0][:1])
+    return [whole] * (len(g) - 1) + [last]
 
+# %% ../../nbs/13_ops.fast.ipynb #5539c22a
 def segments(op: Op, memory: Memory, x: Inputs, backwards: bool = False) -> Iterator[Segment]:
     "The text in segments, from the first to the last or `backwards`, each with its decays."
     assert x.log_decay is not None
@@ -128,7 +139,8 @@ def segments(op: Op, memory: Memory, x: Inputs, backwards: bool = False) -> Iter
     if per_head: g = _per_head(op, memory, x.log_decay, x.q.shape[1], n)
     else: g = chunks(x.log_decay, n)
     order = range(len(q))
-    for i in reversed(order) if backwards else order:
+    if backwards: order = order[::-1]
+    for i in order:
         decays = g[i] if per_head else op.decays(memory, g[i])
         yield Segment(q[i], k[i], v[i], decays, beta[i])
 
@@ -138,7 +150,7 @@ GLA = Op(channel_decays, gla_forward_fast, gla_backward)
 GDN = Op(token_decays, gdn_forward, gdn_backward)
 
 def run_forward(op: Op, scale: float, S: Tensor, x: Inputs,
-                starts: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+                starts: list[Tensor] | None = None) -> OutAndState:
     "Output and last state, from the first state `S`; `starts` gets the state before each segment."
     memory = Workspace(S)
     out = torch.empty_like(x.v, memory_format=torch.contiguous_format)
@@ -146,24 +158,37 @@ def run_forward(op: Op, scale: float, S: Tensor, x: Inputs,
     for segment, room in zip(segments(op, memory, x), rooms):
         if starts is not None: starts.append(S)
         o, S = op.forward(memory, segment, scale, S)
-        room.copy_(o[:, :, :, :room.shape[3]])      # the last chunk was filled up
+        C = room.shape[3]                           # the last chunk was filled up
+        room.copy_(o[:, :, :, :C])
     return out, S
 
 # %% ../../nbs/13_ops.fast.ipynb #fa00000e
 def _empty_gradients(x: Inputs, need_decay: bool) -> Inputs:
+    "Room for a gradient of each input; a decay per head starts from zero, to be added to."
     assert x.log_decay is not None
-    layout = torch.contiguous_format
-    made = (None if t is None else torch.empty_like(t, memory_format=layout) for t in x)
+    def room(t: Tensor) -> Tensor: return torch.empty_like(t, memory_format=torch.contiguous_format)
+    made = (None if t is None else room(t) for t in x)
     grads = Inputs(*made)                                                       # type: ignore
     if not need_decay: return grads._replace(log_decay=None)
     if x.log_decay.ndim == 1: grads.log_decay.zero_()                           # type: ignore
     return grads
 
+# %% ../../nbs/13_ops.fast.ipynb #81ccd4f1
 def _rooms(grad: Tensor | None, n: int, count: int) -> list[Any]:
     "Where each segment's part of a gradient goes."
     if grad is None or grad.ndim == 1: return [grad] * count
     return chunks(grad, n, fill=False)
 
+def _store(rooms: tuple[Any, ...], grads: Segment) -> None:
+    "Put the gradients of a segment into their rooms, and add up that of a decay per head."
+    C = rooms[0].shape[3]                           # the last chunk was filled up
+    for room, grad in zip(rooms, grads):
+        if room is None: continue
+        grad = grad[:, :, :, :C]
+        if room.ndim == 1: room += grad.sum((0, 1, 3))
+        else: room.copy_(grad)
+
+# %% ../../nbs/13_ops.fast.ipynb #0a4d52c3
 def run_backward(op: Op, scale: float, x: Inputs, starts: list[Tensor], do: Tensor, dS: Tensor,
                  need_decay: bool) -> tuple[Inputs, Tensor]:
     "Gradients of inputs and of the first state, from those of the output and of the last state."
@@ -172,25 +197,23 @@ def run_backward(op: Op, scale: float, x: Inputs, starts: list[Tensor], do: Tens
     grads = _empty_gradients(x, need_decay)
     rooms = list(zip(*(_rooms(grad, n, len(starts)) for grad in grads)))
     slopes = chunks(do, n)
-    for i, segment in zip(reversed(range(len(starts))), segments(op, memory, x, backwards=True)):
+    order = reversed(range(len(starts)))
+    for i, segment in zip(order, segments(op, memory, x, backwards=True)):
         d = memory.copy("do", slopes[i]).mul_(scale)
         found, dS = op.backward(memory, segment, starts[i], d, dS, need_decay)
-        C = rooms[i][0].shape[3]                    # the last chunk was filled up
-        for room, grad in zip(rooms[i], found):
-            if room is None: continue
-            if room.ndim == 1: room += grad[:, :, :, :C].sum((0, 1, 3))
-            else: room.copy_(grad[:, :, :, :C])
+        _store(rooms[i], found)
     return grads, dS
 
 # %% ../../nbs/13_ops.fast.ipynb #cffbbcb1
 class _Segmented(torch.autograd.Function):
     "`apply(op, scale, state, *inputs)` -> output, last state. Keeps the inputs and `starts`."
     @staticmethod
-    def forward(ctx, op: Op, scale: float, S: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, op: Op, scale: float, S: Tensor, *tensors: Tensor) -> OutAndState:
         starts: list[Tensor] = []
         out, S = run_forward(op, scale, S, Inputs(*tensors), starts)
         ctx.save_for_backward(*tensors, *starts)
-        ctx.op, ctx.scale = op, scale
+        ctx.op = op
+        ctx.scale = scale
         return out, S
 
     @staticmethod
@@ -198,24 +221,24 @@ class _Segmented(torch.autograd.Function):
     def backward(ctx, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors                   # read once: checkpointing unpacks only once
         count = len(Inputs._fields)
-        x, starts = Inputs(*saved[:count]), saved[count:]
+        x = Inputs(*saved[:count])
+        starts = saved[count:]
         need = Inputs(*ctx.needs_input_grad[3:])
         with torch.autocast(do.device.type, enabled=False):
             grads, dS = run_backward(ctx.op, ctx.scale, x, starts, do, dS, bool(need.log_decay))
         return None, None, dS, *grads
 
-def _run(op: Op, scale: float, state: Tensor | None, x: Inputs) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(x.v)
-    B, _, H, Dk = x.q.shape
+# %% ../../nbs/13_ops.fast.ipynb #6267f477
+def _run(op: Op, scale: float, state: Tensor | None, x: Inputs) -> OutAndState:
+    "With gradients where they are recorded, else without."
     with torch.autocast(x.q.device.type, enabled=False):
-        if state is None: S = x.q.new_zeros(B, H, Dk, x.v.shape[3], dtype=dtype)
-        else: S = state.to(dtype)
+        S = first_state(x.q, x.v, state)
         if torch.is_grad_enabled(): return _Segmented.apply(op, scale, S, *x)
         return run_forward(op, scale, S, x)
 
 # %% ../../nbs/13_ops.fast.ipynb #cf9ed2fb
 def lightning(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None,
-              state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+              state: Tensor | None = None) -> OutAndState:
     """Lightning attention in chunks of 64 tokens, as `flashmorph.ops.reference.lightning`.
 
     Computed in float32 (float64 for float64 inputs), also under autocast. Memory grows linearly
@@ -223,16 +246,18 @@ def lightning(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: floa
     scale = check_lightning(q, k, v, log_decay, scale, state)
     return _run(LIGHTNING, scale, state, Inputs(q, k, v, log_decay))
 
+# %% ../../nbs/13_ops.fast.ipynb #abf3db67
 def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None,
-        state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state: Tensor | None = None) -> OutAndState:
     """Gated linear attention (arXiv 2312.06635) in chunks, as `flashmorph.ops.reference.gla`.
 
     Precision, memory and gradients as `lightning`."""
     scale = check_gla(q, k, v, log_decay, scale, state)
     return _run(GLA, scale, state, Inputs(q, k, v, log_decay))
 
+# %% ../../nbs/13_ops.fast.ipynb #2fdc331c
 def gdn(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *,
-        scale: float | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scale: float | None = None, state: Tensor | None = None) -> OutAndState:
     """Gated DeltaNet (arXiv 2412.06464) in chunks, as `flashmorph.ops.reference.gdn`.
 
     Precision, memory and gradients as `lightning`."""
