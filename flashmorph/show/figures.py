@@ -13,8 +13,8 @@ from plotly.subplots import make_subplots
 from ..results import Results, label, number, read_results, rounded, stage_label
 from ..selection import Selection
 from flashmorph.show.look import (
-    ABOVE, FULL, LINEAR, OKABE_ITO, TEXT, Figure, Rows, lines_or_heat, styled, styled_rows,
-    thin)
+    ABOVE, DOTTED, FULL, LINEAR, OKABE_ITO, Figure, Rows, layer_step, lines_or_heat, styled,
+    styled_rows, thin)
 
 # %% auto #0
 __all__ = ['CURVES', 'STAGE_COLORS', 'gates_figure', 'loss_figure', 'selection_figure', 'results_figure']
@@ -24,6 +24,23 @@ if TYPE_CHECKING:
     from flashmorph.choose.gates import GateRun
 
 # %% ../../nbs/71_show.figures.ipynb #bbedf61a
+_GATE_HOVER = ("<b>layer %{row}</b>, step %{x}: gate %{value:.3f}<br>"
+              "%{value:.0%} full attention, the rest linear")
+
+
+def _gate_rows(run: GateRun, steps: Sequence[int] | None) -> Rows:
+    "The gates, a row for each layer; `ValueError` unless there are as many steps as gates."
+    n, L = run.trajectory.shape
+    numbers = list(range(n) if steps is None else steps)
+    if len(numbers) != n:
+        raise ValueError(f"steps: expected one for each of the {n} rows of the trajectory, "
+                         f"got {len(numbers)}")
+    # the more layers, the fewer steps: the figure stays small
+    at = thin(n, min(400, 20_000 // L))
+    kept = [numbers[i] for i in at]
+    return Rows("layer", kept, run.trajectory[at].T, _GATE_HOVER)
+
+# %% ../../nbs/71_show.figures.ipynb #2c4052bc
 def gates_figure(run: GateRun, kind: str | None = None,
                  steps: Sequence[int] | None = None) -> Figure:
     """The gates of `run` over its steps, as lines or as a heat map, with buttons for the other.
@@ -31,44 +48,45 @@ def gates_figure(run: GateRun, kind: str | None = None,
     `kind` is shown first, `"lines"` or `"heat"`; `None` is lines up to 12 layers. `steps`: the
     number of the step of each row of the trajectory (default: 0, 1, 2, ...).
     Raises `ValueError` for another kind, and unless there are as many steps as rows."""
-    n, L = run.trajectory.shape
-    numbers = list(range(n) if steps is None else steps)
-    if len(numbers) != n:
-        raise ValueError(f"steps: expected one for each of the {n} rows of the trajectory, "
-                         f"got {len(numbers)}")
-    at = thin(n, min(400, 20_000 // L))
-    rows = Rows("layer", [numbers[i] for i in at], run.trajectory[at].T,
-                "<b>layer %{row}</b>, step %{x}: gate %{value:.3f}<br>"
-                "%{value:.0%} full attention, the rest linear")
+    rows = _gate_rows(run, steps)
     axis = {"title": "gate (1 full, 0 linear)", "range": [-0.03, 1.03]}
     fig = lines_or_heat(rows, axis, "gate", kind)
     fig.update_xaxes(title="step", tickformat="d")
-    return styled_rows(fig, "Gates over the training", L)
+    return styled_rows(fig, "Gates over the training", len(rows.values))
 
 # %% ../../nbs/71_show.figures.ipynb #ec809bb1
-CURVES = {"loss": OKABE_ITO[0], "distance to the teacher": OKABE_ITO[1],
-          "price of full attention": OKABE_ITO[2]}
+def _has_loss(event: Any) -> bool:
+    "Whether `event` is a step with a loss; a log has other events too."
+    if not isinstance(event, dict) or "step" not in event: return False
+    return isinstance(event.get("loss"), (int, float))
 
-
+# %% ../../nbs/71_show.figures.ipynb #9eb71f0c
 def _by_stage(events: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     "The events that have a step and a loss, by stage. Raises `ValueError` if there are none."
     stages: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
-        if not isinstance(event, dict): continue
-        if isinstance(event.get("loss"), (int, float)) and "step" in event:
-            stages.setdefault(str(event.get("stage", "")), []).append(event)
+    for event in filter(_has_loss, events):
+        stage = str(event.get("stage", ""))
+        stages.setdefault(stage, []).append(event)
     if stages: return stages
     raise ValueError("events: expected at least one with a step and a loss, got none")
 
 # %% ../../nbs/71_show.figures.ipynb #5884bd91
+CURVES = {
+    "loss": OKABE_ITO[0],
+    "distance to the teacher": OKABE_ITO[1],
+    "price of full attention": OKABE_ITO[2],
+}
+
+
 def _curves(log: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
     "The curves of one stage; numbers that are not finite leave a gap."
-    curves = {"loss": [number(event["loss"]) for event in log]}
-    if not all("align" in event for event in log): return curves
+    loss = [number(event["loss"]) for event in log]
+    if not all("align" in event for event in log): return {"loss": loss}
     distance = [number(event["align"]) for event in log]
-    pairs = list(zip(curves["loss"], distance))
-    price = [None if a is None or b is None else a - b for a, b in pairs]
-    return {**curves, "distance to the teacher": distance, "price of full attention": price}
+    price = []
+    for a, b in zip(loss, distance):
+        price.append(None if a is None or b is None else a - b)
+    return dict(zip(CURVES, (loss, distance, price)))
 
 # %% ../../nbs/71_show.figures.ipynb #2477ca7d
 def _wide_range(values: Iterable[float | None]) -> bool:
@@ -81,38 +99,52 @@ def _loss_panel(fig: go.Figure, stage: str, log: list[dict[str, Any]], new: set[
                 **where: int) -> None:
     "Draw one stage; curves in `new` are not yet in the legend."
     curves = _curves(log)
+    steps = [event["step"] for event in log]
+    mode = "lines" if len(log) > 1 else "markers"
     for name, y in curves.items():
+        hover = f"<b>{stage}</b>, step %{{x}}<br>{name} %{{y:.4g}}<extra></extra>"
         fig.add_scatter(
-            x=[event["step"] for event in log], y=y, name=name, legendgroup=name, **where,
-            line={"color": CURVES[name], "width": 2}, showlegend=name in new,
-            mode="lines" if len(y) > 1 else "markers",
-            hovertemplate=f"<b>{stage}</b>, step %{{x}}<br>{name} %{{y:.4g}}<extra></extra>")
+            x=steps, y=y, mode=mode, line={"color": CURVES[name], "width": 2},
+            name=name, legendgroup=name, showlegend=name in new,
+            hovertemplate=hover, **where)
     new.difference_update(curves)
     if len(curves) == 1 and _wide_range(curves["loss"]):
         fig.update_yaxes(type="log", dtick=1, **where)
 
 # %% ../../nbs/71_show.figures.ipynb #483b409d
+def _loss_panels(fig: go.Figure, names: list[str], logs: list[list[dict[str, Any]]],
+                 columns: int) -> int:
+    "Draw the stages row by row; returns the number of curves in the legend."
+    # each curve is in the legend once
+    new = set(CURVES)
+    for n, (name, log) in enumerate(zip(names, logs)):
+        where = {"row": n // columns + 1, "col": n % columns + 1}
+        drawn = [log[i] for i in thin(len(log))]
+        _loss_panel(fig, name, drawn, new, **where)
+        lowest = n + columns >= len(names)
+        if lowest: fig.update_xaxes(title="step", **where)
+    return len(CURVES) - len(new)
+
+# %% ../../nbs/71_show.figures.ipynb #f00cb4f6
 def loss_figure(events: Iterable[dict[str, Any]]) -> Figure:
     """Loss over the steps of each stage in `events` (an `EventLog` or a list), one panel a stage.
 
     For gates the panel also shows the two parts. Raises `ValueError` if no event has a loss."""
-    # one panel a stage, two beside each other
     stages = _by_stage(events)
+    names = [html.escape(stage_label(stage)) for stage in stages]
+    # one panel a stage, two beside each other
     columns = min(2, len(stages))
     rows = math.ceil(len(stages) / columns)
     height = 156 + 240 * rows
-    names = [html.escape(stage_label(stage)) for stage in stages]
-    fig = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=70 / height,
-                        horizontal_spacing=0.1)
-    # each curve is in the legend once
-    new = set(CURVES)
-    for n, (name, log) in enumerate(zip(names, stages.values())):
-        where = {"row": n // columns + 1, "col": n % columns + 1}
-        _loss_panel(fig, name, [log[i] for i in thin(len(log))], new, **where)
-        if n + columns >= len(stages): fig.update_xaxes(title="step", **where)
-    fig.update_xaxes(tickformat="d").update_yaxes(title="loss", col=1)
-    legend = {**ABOVE, "y": 1 + 24 / (height - 130)}      # clear of the panels' titles
-    fig = styled(fig, "Loss", height, showlegend=len(CURVES) - len(new) > 1)
+    fig = make_subplots(
+        rows, columns, subplot_titles=names,
+        vertical_spacing=70 / height, horizontal_spacing=0.1)
+    curves = _loss_panels(fig, names, list(stages.values()), columns)
+    fig.update_xaxes(tickformat="d")
+    fig.update_yaxes(title="loss", col=1)
+    # a legend clear of the panels' titles
+    legend = {**ABOVE, "y": 1 + 24 / (height - 130)}
+    fig = styled(fig, "Loss", height, showlegend=curves > 1)
     return fig.update_layout(legend=legend, margin={"t": 82})
 
 # %% ../../nbs/71_show.figures.ipynb #b11008a2
@@ -126,40 +158,68 @@ def _hover(selection: Selection) -> list[str]:
     name = html.escape(label(selection.method))
     texts = []
     for layer, full in enumerate(_kept(selection)):
-        text = f"<b>{name}</b>, layer {layer}: {'full attention' if full else 'linear'}"
-        if selection.scores is not None: text += f"<br>score {selection.scores[layer]:.4g}"
+        kind = "full attention" if full else "linear"
+        text = f"<b>{name}</b>, layer {layer}: {kind}"
+        if selection.scores is not None:
+            text += f"<br>score {selection.scores[layer]:.4g}"
         texts.append(text)
     return texts
 
 # %% ../../nbs/71_show.figures.ipynb #a34dd3ef
+def _same_size(selections: Sequence[Selection]) -> int:
+    "The number of layers of all; `ValueError` for no selections, and for different models."
+    if not selections: raise ValueError("selections: expected at least one, got none")
+    sizes = sorted({s.num_layers for s in selections})
+    if len(sizes) == 1: return sizes[0]
+    raise ValueError(f"selections: expected all of one model, got {sizes} layers")
+
+# %% ../../nbs/71_show.figures.ipynb #c6090ad6
+def _cells(selections: Sequence[Selection]) -> go.Heatmap:
+    "A row of cells for each selection, a cell for each layer."
+    L = _same_size(selections)
+    return go.Heatmap(
+        x=list(range(L)), y=list(range(len(selections))),
+        z=[_kept(s) for s in selections], zmin=0, zmax=1,
+        colorscale=[[0, LINEAR], [1, FULL]], showscale=False,
+        text=[_hover(s) for s in selections], hoverinfo="text",
+        xgap=2 if L <= 48 else 1, ygap=6)
+
+# %% ../../nbs/71_show.figures.ipynb #2663d71b
 def selection_figure(selections: Sequence[Selection]) -> Figure:
     """One row a selection, one cell a layer: full attention or linear.
 
     Raises `ValueError` without selections, and for models with different numbers of layers."""
-    if not selections: raise ValueError("selections: expected at least one, got none")
-    sizes = sorted({s.num_layers for s in selections})
-    if len(sizes) > 1:
-        raise ValueError(f"selections: expected all of one model, got {sizes} layers")
-    L = sizes[0]
+    fig = go.Figure(_cells(selections))
+    L = selections[0].num_layers
     n = len(selections)
-    fig = go.Figure(go.Heatmap(
-        z=[_kept(s) for s in selections], x=list(range(L)), y=list(range(n)),
-        text=[_hover(s) for s in selections], hoverinfo="text", zmin=0, zmax=1,
-        colorscale=[[0, LINEAR], [1, FULL]], showscale=False, xgap=2 if L <= 48 else 1, ygap=6))
     # a legend: two empty traces
     for name, color in (("full attention", FULL), ("linear", LINEAR)):
         marker = {"symbol": "square", "size": 12, "color": color}
         fig.add_scatter(x=[None], y=[None], name=name, mode="markers", marker=marker)
     # axes: layers to the right, methods downwards
-    every = 1 if L <= 32 else 4 if L <= 64 else 8
+    numbered = list(range(0, L, layer_step(L)))
     names = [f"{html.escape(label(s.method))} ({s.budget})" for s in selections]
-    fig.update_xaxes(title="layer", range=[-0.5, max(L, 12) - 0.5], showgrid=False,
-                     tickvals=list(range(0, L, every)))
-    fig.update_yaxes(tickvals=list(range(n)), ticktext=names, range=[n - 0.5, -0.5], showgrid=False)
+    fig.update_xaxes(
+        title="layer", showgrid=False, range=[-0.5, max(L, 12) - 0.5], tickvals=numbered)
+    fig.update_yaxes(
+        showgrid=False, range=[n - 0.5, -0.5], tickvals=list(range(n)), ticktext=names)
     fig = styled(fig, "Layers that keep full attention", 130 + 38 * n, hovermode="closest")
     return fig.update_layout(legend=ABOVE)
 
 # %% ../../nbs/71_show.figures.ipynb #620c4e4b
+def _recall_bars(fig: go.Figure, results: Results, stage: str, color: str) -> None:
+    "Draw the recall of every model after `stage`, in percent; a gap where the recall is unknown."
+    name = html.escape(label(stage))
+    names = [html.escape(label(model.method)) for model in results.models]
+    recalls = [model.score(stage, "recall") for model in results.models]
+    heights = [None if r is None else 100 * r for r in recalls]
+    texts = ["" if y is None else rounded(y, 1) for y in heights]
+    hover = f"<b>%{{x}}</b>, {name}: recalls %{{y:.1f}}% of the answer tokens<extra></extra>"
+    fig.add_bar(
+        x=names, y=heights, name=name, marker={"color": color}, hovertemplate=hover,
+        text=texts, textposition="outside", cliponaxis=False)
+
+# %% ../../nbs/71_show.figures.ipynb #fbf122f3
 STAGE_COLORS = tuple(OKABE_ITO[i] for i in (1, 0, 2, 3, 4, 5, 6))
 
 
@@ -170,20 +230,13 @@ def results_figure(results: Results | dict[str, Any]) -> Figure:
     another shape."""
     results = read_results(results)
     if not results.models: raise ValueError("results: expected models, got none")
-    names = [html.escape(label(model.method)) for model in results.models]
     fig = go.Figure()
     for n, stage in enumerate(results.stages()):
-        name = html.escape(label(stage))
-        recalls = [model.score(stage, "recall") for model in results.models]
-        fig.add_bar(
-            x=names, y=[None if r is None else 100 * r for r in recalls], name=name,
-            text=["" if r is None else rounded(100 * r, 1) for r in recalls],
-            textposition="outside", cliponaxis=False, marker={"color": STAGE_COLORS[n % 7]},
-            hovertemplate=f"<b>%{{x}}</b>, {name}: recalls %{{y:.1f}}% of the answer tokens"
-                          "<extra></extra>")
+        _recall_bars(fig, results, stage, STAGE_COLORS[n % 7])
+    # the teacher's recall, across all bars
     teacher = results.model("teacher").score("zero_shot", "recall")
-    if teacher is not None:
-        fig.add_hline(100 * teacher, line={"color": TEXT, "width": 1, "dash": "dot"})
-    fig.update_yaxes(title="recall, %", range=[0, 108]).update_xaxes(showgrid=False)
+    if teacher is not None: fig.add_hline(100 * teacher, line=DOTTED)
+    fig.update_xaxes(showgrid=False)
+    fig.update_yaxes(title="recall, %", range=[0, 108])
     fig = styled(fig, "Recall", 360, barmode="group", bargap=0.3)
     return fig.update_layout(legend=ABOVE)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['OKABE_ITO', 'FULL', 'LINEAR', 'TEXT', 'GRID', 'CLEAR', 'CONFIG', 'ABOVE', 'DASHES', 'KINDS', 'Figure', 'styled',
-           'thin', 'ticks', 'packed', 'Rows', 'kind_of', 'lines_or_heat', 'styled_rows']
+__all__ = ['OKABE_ITO', 'FULL', 'LINEAR', 'TEXT', 'GRID', 'CLEAR', 'DOTTED', 'CONFIG', 'ABOVE', 'DASHES', 'KINDS', 'Figure',
+           'styled', 'thin', 'ticks', 'layer_step', 'packed', 'Rows', 'kind_of', 'lines_or_heat', 'styled_rows']
 
 # %% ../../nbs/70_show.look.ipynb #a90fbacf
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
@@ -24,11 +24,15 @@ LINEAR = "rgba(128,128,128,0.22)"                         # a linear layer
 TEXT = "#808080"
 GRID = "rgba(128,128,128,0.25)"
 CLEAR = "rgba(0,0,0,0)"
+DOTTED = {"color": TEXT, "width": 1, "dash": "dot"}       # a line that marks a value
 
 # %% ../../nbs/70_show.look.ipynb #f632b491
 CONFIG: dict[str, Any] = {
-    "displaylogo": False, "showSendToCloud": False, "responsive": True,
-    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+}
 
 
 class Figure(go.Figure):
@@ -51,20 +55,32 @@ ABOVE = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bot
 
 def _heading(title: str) -> dict[str, Any]:
     "A title in the upper left corner, wherever the plot begins."
-    return {"text": title, "font": {"size": 16}, "x": 0, "xref": "container",
-            "y": 1, "yref": "container", "yanchor": "top", "pad": {"l": 12, "t": 14}}
+    return {
+        "text": title, "font": {"size": 16},
+        "x": 0, "xref": "container",
+        "y": 1, "yref": "container", "yanchor": "top",
+        "pad": {"l": 12, "t": 14},
+    }
 
 # %% ../../nbs/70_show.look.ipynb #b36a60dd
-def styled(fig: go.Figure, title: str, height: int, **layout: Any) -> Figure:
-    "`fig` in the common look; `layout` goes to plotly."
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "ticks": "outside",
-            "tickcolor": GRID, "automargin": True}
+def _style_axes(fig: go.Figure) -> None:
+    "Give both axes of every plot of `fig` the common look."
+    axis = {
+        "gridcolor": GRID, "zeroline": False, "linecolor": GRID,
+        "ticks": "outside", "tickcolor": GRID, "automargin": True,
+    }
     fig.update_xaxes(**axis)
     fig.update_yaxes(**axis)
+
+# %% ../../nbs/70_show.look.ipynb #2b9241d4
+def styled(fig: go.Figure, title: str, height: int, **layout: Any) -> Figure:
+    "`fig` in the common look; `layout` goes to plotly."
+    _style_axes(fig)
     fig.update_layout(
         template="none", title=_heading(title), height=height, autosize=True,
         font={"family": "system-ui, sans-serif", "size": 13, "color": TEXT},
-        paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, margin={"l": 64, "r": 24, "t": 56, "b": 48},
+        paper_bgcolor=CLEAR, plot_bgcolor=CLEAR,
+        margin={"l": 64, "r": 24, "t": 56, "b": 48},
         legend={"font": {"size": 12}}, hoverlabel={"align": "left"},
         modebar={"bgcolor": CLEAR, "color": TEXT, "activecolor": FULL}, **layout)
     return Figure(fig)
@@ -79,9 +95,16 @@ def thin(n: int, most: int = 400) -> list[int]:
 # %% ../../nbs/70_show.look.ipynb #79ec87a9
 def ticks(n: int, most: int) -> list[int]:
     "At most `most` of the numbers 0..n-1, at steps of a power of two: whole numbers to label."
-    return list(range(0, n, 2 ** max(0, math.ceil(math.log2(n / most)))))
+    step = 2 ** max(0, math.ceil(math.log2(n / most)))
+    return list(range(0, n, step))
 
+# %% ../../nbs/70_show.look.ipynb #e078d312
+def layer_step(L: int) -> int:
+    "Every how many of L layers an axis of layers has a number."
+    if L <= 32: return 1
+    return 4 if L <= 64 else 8
 
+# %% ../../nbs/70_show.look.ipynb #33efee29
 def packed(values: Iterable[float]) -> Any:
     "Numbers as a float32 array, which plotly writes down in four bytes each."
     return torch.tensor(list(values), dtype=torch.float32).numpy()
@@ -102,12 +125,14 @@ class Rows:
     @property
     def numbers(self) -> Any:
         "The values as float32, rounded to four places."
-        return self.values.detach().cpu().double().round(decimals=4).float().numpy()
+        values = self.values.detach().cpu().double()
+        return values.round(decimals=4).float().numpy()
 
     def text(self, row: str, value: str, note: str) -> str:
         "The hover text with plotly's names for the row, the value and the note."
-        filled = self.hover.replace("%{row}", row).replace("%{value", "%{" + value)
-        return filled.replace("%{note}", note) + "<extra></extra>"
+        text = self.hover.replace("%{row}", row)
+        text = text.replace("%{value", "%{" + value)
+        return text.replace("%{note}", note) + "<extra></extra>"
 
 # %% ../../nbs/70_show.look.ipynb #0e81d03d
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -115,14 +140,16 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 def _lines(rows: Rows, visible: bool) -> list[go.Scatter]:
     "One line a row; seven colours times six dashes tell 42 rows apart."
-    traces = []
+    mode = "lines" if len(rows.x) > 1 else "markers"
     notes = rows.notes or [""] * len(rows.values)
+    traces = []
     for i, (y, note) in enumerate(zip(rows.numbers, notes)):
         look = {"color": OKABE_ITO[i % 7], "dash": DASHES[i // 7 % 6], "width": 2}
-        traces.append(go.Scatter(
-            x=packed(rows.x), y=y, name=f"{rows.of} {i}", line=look, visible=visible,
-            mode="lines" if len(rows.x) > 1 else "markers",
-            hovertemplate=rows.text(str(i), "y", note)))
+        hover = rows.text(str(i), "y", note)
+        line = go.Scatter(
+            x=packed(rows.x), y=y, name=f"{rows.of} {i}", mode=mode,
+            line=look, visible=visible, hovertemplate=hover)
+        traces.append(line)
     return traces
 
 # %% ../../nbs/70_show.look.ipynb #a260332e
@@ -130,10 +157,11 @@ def _heat(rows: Rows, bar: str, visible: bool) -> go.Heatmap:
     "The rows as a heat map; `bar` is the title of the colour bar."
     notes = [[note] * len(rows.x) for note in rows.notes]
     return go.Heatmap(
-        x=packed(rows.x), y=list(range(len(rows.values))), z=rows.numbers, zmin=0, zmax=1,
-        colorscale="Cividis", yaxis="y2", visible=visible, customdata=notes or None,
+        x=packed(rows.x), y=list(range(len(rows.values))), yaxis="y2",
+        z=rows.numbers, zmin=0, zmax=1, colorscale="Cividis",
         colorbar={"title": {"text": bar}, "thickness": 14, "outlinewidth": 0},
-        hovertemplate=rows.text("%{y}", "z", "%{customdata}"))
+        customdata=notes or None, hovertemplate=rows.text("%{y}", "z", "%{customdata}"),
+        visible=visible)
 
 # %% ../../nbs/70_show.look.ipynb #fda36e73
 KINDS = {"lines": "lines", "heat": "heat map"}
@@ -145,27 +173,33 @@ def kind_of(kind: str | None, n: int) -> str:
     if kind is None: return "lines" if n <= 12 else "heat"
     raise ValueError(f"kind: expected 'lines', 'heat' or None, got {kind!r}")
 
-
+# %% ../../nbs/70_show.look.ipynb #617bdf21
 def _words(kind: str) -> list[str]:
-    "What the two buttons say while `kind` is shown."
+    "The labels of the two buttons while `kind` is shown."
     return [f"<b>{name}</b>" if key == kind else name for key, name in KINDS.items()]
-
-
-def _button(kind: str, n: int) -> dict[str, Any]:
-    "What a click on the button of `kind` changes in a figure of `n` rows."
-    shown = {"visible": [kind == "lines"] * n + [kind == "heat"]}
-    layout: dict[str, Any] = {"yaxis.visible": kind == "lines", "yaxis2.visible": kind == "heat"}
-    for i, word in enumerate(_words(kind)): layout[f"updatemenus[0].buttons[{i}].label"] = word
-    return {"method": "update", "args": [shown, layout]}
 
 # %% ../../nbs/70_show.look.ipynb #e19c4bb3
 def _toggle(kind: str, n: int) -> dict[str, Any]:
     "The two buttons, below the title and above the plot."
-    buttons = [{"label": word, **_button(k, n)} for k, word in zip(KINDS, _words(kind))]
-    return {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False,
-            "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 6},
-            "borderwidth": 1, "bgcolor": CLEAR, "bordercolor": GRID,
-            "font": {"size": 12, "color": TEXT}}
+    buttons = []
+    for name, word in zip(KINDS, _words(kind)):
+        buttons.append({"label": word, **_button(name, n)})
+    return {
+        "type": "buttons", "direction": "right", "buttons": buttons, "showactive": False,
+        "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 6},
+        "borderwidth": 1, "bgcolor": CLEAR, "bordercolor": GRID,
+        "font": {"size": 12, "color": TEXT},
+    }
+
+# %% ../../nbs/70_show.look.ipynb #7e12e1fe
+def _button(kind: str, n: int) -> dict[str, Any]:
+    "What a click on the button of `kind` changes in a figure of `n` rows."
+    lines = kind == "lines"
+    shown = {"visible": [lines] * n + [not lines]}
+    layout: dict[str, Any] = {"yaxis.visible": lines, "yaxis2.visible": not lines}
+    for i, word in enumerate(_words(kind)):
+        layout[f"updatemenus[0].buttons[{i}].label"] = word
+    return {"method": "update", "args": [shown, layout]}
 
 # %% ../../nbs/70_show.look.ipynb #adcf2c66
 def lines_or_heat(rows: Rows, value: dict[str, Any], bar: str,
@@ -175,13 +209,15 @@ def lines_or_heat(rows: Rows, value: dict[str, Any], bar: str,
     `value`: the vertical axis of the lines; `bar`: the title of the heat map's colour bar."""
     n = len(rows.values)
     kind = kind_of(kind, n)
-    fig = go.Figure([*_lines(rows, kind == "lines"), _heat(rows, bar, kind == "heat")])
-    rows_axis = {"title": rows.of, "range": [n - 0.5, -0.5], "tickvals": ticks(n, 16),
-                 "overlaying": "y", "showgrid": False, "visible": kind == "heat"}
+    lines = kind == "lines"
+    fig = go.Figure([*_lines(rows, lines), _heat(rows, bar, not lines)])
+    # the vertical axes: of the lines, and of the heat map's rows
+    fig.update_layout(
+        yaxis={**value, "visible": lines},
+        yaxis2={"title": rows.of, "range": [n - 0.5, -0.5], "tickvals": ticks(n, 16),
+                "overlaying": "y", "showgrid": False, "visible": not lines})
     # the horizontal axis is free, because its usual partner `yaxis` may be hidden
-    fig.update_layout(xaxis={"anchor": "free", "position": 0},
-                      yaxis={**value, "visible": kind == "lines"}, yaxis2=rows_axis,
-                      updatemenus=[_toggle(kind, n)])
+    fig.update_layout(xaxis={"anchor": "free", "position": 0}, updatemenus=[_toggle(kind, n)])
     return fig
 
 # %% ../../nbs/70_show.look.ipynb #c4c0188f
