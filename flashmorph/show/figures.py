@@ -24,17 +24,22 @@ if TYPE_CHECKING:
     from flashmorph.choose.gates import GateRun
 
 # %% ../../nbs/71_show.figures.ipynb #bbedf61a
+def _numbers(steps: Sequence[int] | None, n: int) -> list[int]:
+    "The numbers of `n` steps, from 0 without `steps`; `ValueError` for another number of `steps`."
+    numbers = list(range(n) if steps is None else steps)
+    if len(numbers) == n: return numbers
+    raise ValueError(f"steps: expected one for each of the {n} rows of the trajectory, "
+                     f"got {len(numbers)}")
+
+# %% ../../nbs/71_show.figures.ipynb #f0cfe76d
 _GATE_HOVER = ("<b>layer %{row}</b>, step %{x}: gate %{value:.3f}<br>"
-              "%{value:.0%} full attention, the rest linear")
+               "%{value:.0%} full attention, the rest linear")
 
 
 def _gate_rows(run: GateRun, steps: Sequence[int] | None) -> Rows:
-    "The gates, a row for each layer; `ValueError` unless there are as many steps as gates."
+    "The gates, a row for each layer."
     n, L = run.trajectory.shape
-    numbers = list(range(n) if steps is None else steps)
-    if len(numbers) != n:
-        raise ValueError(f"steps: expected one for each of the {n} rows of the trajectory, "
-                         f"got {len(numbers)}")
+    numbers = _numbers(steps, n)
     # the more layers, the fewer steps: the figure stays small
     at = thin(n, min(400, 20_000 // L))
     kept = [numbers[i] for i in at]

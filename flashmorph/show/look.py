@@ -14,7 +14,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'FULL', 'LINEAR', 'TEXT', 'GRID', 'CLEAR', 'DOTTED', 'CONFIG', 'ABOVE', 'DASHES', 'KINDS', 'Figure',
-           'styled', 'thin', 'ticks', 'layer_step', 'packed', 'Rows', 'kind_of', 'lines_or_heat', 'styled_rows']
+           'styled', 'thin', 'ticks', 'layer_step', 'packed', 'Rows', 'color_bar', 'kind_of', 'lines_or_heat',
+           'styled_rows']
 
 # %% ../../nbs/70_show.look.ipynb #a90fbacf
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
@@ -152,15 +153,20 @@ def _lines(rows: Rows, visible: bool) -> list[go.Scatter]:
         traces.append(line)
     return traces
 
+# %% ../../nbs/70_show.look.ipynb #39fce217
+def color_bar(title: str) -> dict[str, Any]:
+    "The colour bar of a heat map."
+    return {"title": {"text": title}, "thickness": 14, "outlinewidth": 0}
+
 # %% ../../nbs/70_show.look.ipynb #a260332e
 def _heat(rows: Rows, bar: str, visible: bool) -> go.Heatmap:
     "The rows as a heat map; `bar` is the title of the colour bar."
     notes = [[note] * len(rows.x) for note in rows.notes]
     return go.Heatmap(
         x=packed(rows.x), y=list(range(len(rows.values))), yaxis="y2",
-        z=rows.numbers, zmin=0, zmax=1, colorscale="Cividis",
-        colorbar={"title": {"text": bar}, "thickness": 14, "outlinewidth": 0},
-        customdata=notes or None, hovertemplate=rows.text("%{y}", "z", "%{customdata}"),
+        z=rows.numbers, zmin=0, zmax=1, colorscale="Cividis", colorbar=color_bar(bar),
+        customdata=notes or None,
+        hovertemplate=rows.text("%{y}", "z", "%{customdata}"),
         visible=visible)
 
 # %% ../../nbs/70_show.look.ipynb #fda36e73

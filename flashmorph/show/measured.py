@@ -13,56 +13,76 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from ..results import METRICS, Cost, Metric, RecallGrid, amount, percent, unit_of
 from ..selection import check_budget
-from .look import (
-    ABOVE, FULL, OKABE_ITO, TEXT, Figure, Rows, lines_or_heat, packed, styled, styled_rows, ticks)
+from flashmorph.show.look import (
+    ABOVE, DOTTED, FULL, OKABE_ITO, TEXT, Figure, Rows, color_bar, lines_or_heat, packed, styled,
+    styled_rows, ticks)
 
 # %% auto #0
 __all__ = ['CACHE', 'cost_figure', 'recall_figure', 'memory_figure']
 
 # %% ../../nbs/72_show.measured.ipynb #5f1a0c05
-CACHE = {"states": ("state_bytes", OKABE_ITO[1]), "keys and values": ("kv_bytes", OKABE_ITO[4])}
-
-
 def _check_costs(costs: Sequence[Cost]) -> int:
     "The number of layers L; `ValueError` unless there is one cost for each budget 0..L in turn."
     kept = [len(cost.full_layers) for cost in costs]
     L = len(kept) - 1
-    kinds = {(cost.num_layers, cost.context, cost.batch) for cost in costs}
-    if L >= 1 and kept == list(range(L + 1)) and kinds == {(L, costs[0].context, costs[0].batch)}:
-        return L
+    if L >= 1 and kept == list(range(L + 1)):
+        first = (L, costs[0].context, costs[0].batch)
+        found = {(cost.num_layers, cost.context, cost.batch) for cost in costs}
+        if found == {first}: return L
     raise ValueError("costs: expected L + 1 of one model, context and batch, for 0, 1, ..., L "
                      f"full layers, as budget_costs gives them; got them for {kept}")
 
 # %% ../../nbs/72_show.measured.ipynb #489a00c9
+CACHE = {
+    "states": ("state_bytes", OKABE_ITO[1]),
+    "keys and values": ("kv_bytes", OKABE_ITO[4]),
+}
+
+
+def _cache_parts(cost: Cost) -> str:
+    "The parts of the cache, in words."
+    parts = []
+    for part, (key, _) in CACHE.items():
+        size = amount(getattr(cost, key), "bytes")
+        parts.append(f"{part} {size}")
+    return ", ".join(parts)
+
+# %% ../../nbs/72_show.measured.ipynb #e26d1ba0
 def _texts(costs: Sequence[Cost], metric: Metric) -> list[str]:
     "One metric at each budget, in words."
     whole = getattr(costs[-1], metric.key)
     texts = []
     for cost in costs:
         value = getattr(cost, metric.key)
-        text = f"{amount(value, metric.unit)}, {percent(value / whole, 0)} of the full model"
-        if metric.key == "cache_bytes":
-            parts = [f"{part} {amount(getattr(cost, key), 'bytes')}"
-                     for part, (key, _) in CACHE.items()]
-            text += "<br>" + ", ".join(parts)
+        share = percent(value / whole, 0)
+        text = f"{amount(value, metric.unit)}, {share} of the full model"
+        if metric.key == "cache_bytes": text += f"<br>{_cache_parts(cost)}"
         texts.append(text)
     return texts
 
 # %% ../../nbs/72_show.measured.ipynb #6f3be374
+def _stacked_cache(fig: go.Figure, costs: Sequence[Cost], scale: float, **where: int) -> None:
+    "Draw the parts of the cache, one on the other, in units of `scale` bytes."
+    x = packed(range(len(costs)))
+    for part, (key, color) in CACHE.items():
+        y = packed(getattr(cost, key) / scale for cost in costs)
+        fig.add_scatter(
+            x=x, y=y, name=part, hoverinfo="skip",
+            stackgroup="cache", mode="none", fillcolor=color, **where)
+
+# %% ../../nbs/72_show.measured.ipynb #b2a639c6
 def _panel(fig: go.Figure, metric: Metric, costs: Sequence[Cost], **where: int) -> None:
     "Draw one metric over the budgets; the cache is stacked from its two parts."
-    x = packed(range(len(costs)))
+    L = len(costs) - 1
     values = [getattr(cost, metric.key) for cost in costs]
     scale, unit = unit_of(max(values), metric.unit)
-    for part, (key, color) in CACHE.items() if metric.key == "cache_bytes" else ():
-        fig.add_scatter(x=x, y=packed(getattr(cost, key) / scale for cost in costs), name=part,
-                        stackgroup="cache", mode="none", fillcolor=color, hoverinfo="skip", **where)
+    if metric.key == "cache_bytes": _stacked_cache(fig, costs, scale, **where)
+    hover = f"<b>budget %{{x}} of {L}</b><br>{metric.name}: %{{text}}<extra></extra>"
     fig.add_scatter(
-        x=x, y=packed(value / scale for value in values), text=_texts(costs, metric),
-        mode="lines+markers" if len(x) <= 33 else "lines", marker={"size": 5},
-        line={"color": FULL, "width": 2}, showlegend=False, **where,
-        hovertemplate=f"<b>budget %{{x}} of {len(x) - 1}</b><br>{metric.name}: %{{text}}"
-                      "<extra></extra>")
+        x=packed(range(L + 1)), y=packed(value / scale for value in values),
+        mode="lines+markers" if L <= 32 else "lines",
+        line={"color": FULL, "width": 2}, marker={"size": 5},
+        text=_texts(costs, metric), hovertemplate=hover, showlegend=False, **where)
     fig.update_yaxes(title=unit.strip(), rangemode="tozero", **where)
 
 # %% ../../nbs/72_show.measured.ipynb #9c7dbc8f
@@ -74,6 +94,26 @@ def _panel_title(metric: Metric, costs: Sequence[Cost], budget: int | None) -> s
     return f"{metric.name}<br><b>{amount(value, metric.unit)}</b> ({share})"
 
 # %% ../../nbs/72_show.measured.ipynb #21809955
+def _cost_panels(costs: Sequence[Cost], budget: int | None, gap: float) -> go.Figure:
+    "Four panels, with a share `gap` of the height between them; a line marks the chosen budget."
+    titles = [_panel_title(metric, costs, budget) for metric in METRICS]
+    fig = make_subplots(
+        2, 2, subplot_titles=titles, vertical_spacing=gap, horizontal_spacing=0.12)
+    for n, metric in enumerate(METRICS):
+        row, column = divmod(n, 2)
+        _panel(fig, metric, costs, row=row + 1, col=column + 1)
+    if budget is not None:
+        fig.add_vline(budget, line=DOTTED, row="all", col="all")
+    return fig
+
+# %% ../../nbs/72_show.measured.ipynb #e8c8d6d8
+def _cost_title(first: Cost, budget: int | None) -> str:
+    "What was counted: the budget, the context and the batch."
+    of = "" if budget is None else f"of {budget} "
+    batch = f", batch of {first.batch}" if first.batch > 1 else ""
+    return f"What a budget {of}costs, at {first.context:,} tokens{batch}"
+
+# %% ../../nbs/72_show.measured.ipynb #6084ffa5
 def cost_figure(costs: Sequence[Cost], budget: int | None = None) -> Figure:
     """What each budget costs: cache, prefill, reading for a token, and parameters.
 
@@ -82,22 +122,16 @@ def cost_figure(costs: Sequence[Cost], budget: int | None = None) -> Figure:
     L = _check_costs(costs)
     k = None if budget is None else check_budget(budget, L)
     # pixels: the panels, the space above them, and the space between them
-    plot, top, gap = (320, 82, 66) if k is None else (320, 100, 84)
-    fig = make_subplots(2, 2, subplot_titles=[_panel_title(m, costs, k) for m in METRICS],
-                        vertical_spacing=gap / (plot + gap), horizontal_spacing=0.12)
-    for n, metric in enumerate(METRICS):
-        _panel(fig, metric, costs, row=n // 2 + 1, col=n % 2 + 1)
-    if k is not None:
-        line = {"color": TEXT, "width": 1, "dash": "dot"}
-        fig.add_vline(k, line=line, row="all", col="all")
+    plot = 320
+    top = 82 if k is None else 100
+    gap = 66 if k is None else 84
+    fig = _cost_panels(costs, k, gap / (plot + gap))
     fig.update_xaxes(range=[-0.02 * L, 1.02 * L], tickvals=ticks(L + 1, 10))
     fig.update_xaxes(title="budget: full layers", row=2)
-    # the title says what was counted
-    batch = f", batch of {costs[0].batch}" if costs[0].batch > 1 else ""
-    of = "" if k is None else f"of {k} "
-    title = f"What a budget {of}costs, at {costs[0].context:,} tokens{batch}"
+    # the legend stands between the title and the titles of the panels
+    height = top + plot + gap + 56
     legend = {**ABOVE, "y": 1 + (top - 60) / (plot + gap)}
-    fig = styled(fig, title, top + plot + gap + 56, hovermode="x")
+    fig = styled(fig, _cost_title(costs[0], k), height, hovermode="x")
     return fig.update_layout(legend=legend, margin={"t": top, "b": 56})
 
 # %% ../../nbs/72_show.measured.ipynb #95c556e2
@@ -110,36 +144,57 @@ def _cell_text(grid: RecallGrid, depth: int, column: int) -> str:
     keys = "passkey" if count == 1 else "passkeys"
     return f"{cell}recalls {percent(recall)} of the answer tokens<br>of {count} {keys}"
 
-
-def _cells(grid: RecallGrid) -> list[tuple[int, int]]:
-    "All cells, as (depth, column)."
-    return [(d, n) for d in range(grid.depths) for n in range(len(grid.lengths))]
-
 # %% ../../nbs/72_show.measured.ipynb #5f1a0c0b
-def recall_figure(grid: RecallGrid, name: str = "") -> Figure:
-    "The map of `recall_map`; `name` goes into the title."
+def _names(grid: RecallGrid) -> tuple[list[str], list[str]]:
+    "The names of the columns, lengths, and of the rows, stretches of depth."
     lengths = [f"{n:,}" for n in grid.lengths]
     depths = [grid.stretch(d).replace("-", "–") for d in range(grid.depths)]
-    N = len(lengths)
-    texts = [_cell_text(grid, *cell) for cell in _cells(grid)]
-    small = N <= 12 and grid.depths <= 12                  # room for numbers
-    fig = go.Figure(go.Heatmap(
-        z=grid.recall, x=lengths, y=depths, zmin=0, zmax=1, colorscale="Cividis",
+    return lengths, depths
+
+# %% ../../nbs/72_show.measured.ipynb #0a9407b0
+def _recall_heat(grid: RecallGrid, small: bool) -> go.Heatmap:
+    "The map; a `small` one has room for numbers, and for gaps between its cells."
+    lengths, depths = _names(grid)
+    columns = range(len(lengths))
+    texts = []
+    for d in range(grid.depths):
+        texts.append([_cell_text(grid, d, n) for n in columns])
+    return go.Heatmap(
+        x=lengths, y=depths, z=grid.recall, zmin=0, zmax=1,
+        colorscale="Cividis", colorbar={**color_bar("recall"), "tickformat": ".0%"},
         xgap=2 * small, ygap=2 * small, texttemplate="%{z:.0%}" if small else None,
-        hoverinfo="text", hovertext=[texts[i:i + N] for i in range(0, len(texts), N)],
-        colorbar={"title": {"text": "recall"}, "tickformat": ".0%", "thickness": 14,
-                  "outlinewidth": 0}))
-    # a cross where nothing is known
-    empty = [(lengths[n], depths[d]) for d, n in _cells(grid) if grid.recall[d][n] is None]
-    cross = {"symbol": "x-thin", "size": 9 if small else 5, "line": {"width": 1.5, "color": TEXT}}
-    fig.add_scatter(x=[x for x, _ in empty], y=[y for _, y in empty], mode="markers", marker=cross,
-                    name="no passkey here", showlegend=bool(empty), hoverinfo="skip")
+        hoverinfo="text", hovertext=texts)
+
+# %% ../../nbs/72_show.measured.ipynb #82d0eb35
+def _unknown(grid: RecallGrid, size: int) -> go.Scatter:
+    "A cross of `size` pixels in each cell of which nothing is known."
+    lengths, depths = _names(grid)
+    x, y = [], []
+    for depth, row in zip(depths, grid.recall):
+        empty = [length for length, recall in zip(lengths, row) if recall is None]
+        x += empty
+        y += [depth] * len(empty)
+    cross = {"symbol": "x-thin", "size": size, "line": {"width": 1.5, "color": TEXT}}
+    return go.Scatter(
+        x=x, y=y, mode="markers", marker=cross, hoverinfo="skip",
+        name="no passkey here", showlegend=bool(x))
+
+# %% ../../nbs/72_show.measured.ipynb #dbf64077
+def recall_figure(grid: RecallGrid, name: str = "") -> Figure:
+    "The map of `recall_map`; `name` goes into the title."
+    columns = len(grid.lengths)
+    small = columns <= 12 and grid.depths <= 12
+    fig = go.Figure([_recall_heat(grid, small), _unknown(grid, 9 if small else 5)])
     # the first stretch is on top
-    fig.update_xaxes(title="length, tokens", type="category", showgrid=False, range=[-0.5, N - 0.5])
-    fig.update_yaxes(title={"text": "depth of the passkey, %", "standoff": 8}, type="category",
-                     showgrid=False, range=[grid.depths - 0.5, -0.5])
+    fig.update_xaxes(
+        title="length, tokens", type="category",
+        showgrid=False, range=[-0.5, columns - 0.5])
+    fig.update_yaxes(
+        title={"text": "depth of the passkey, %", "standoff": 8}, type="category",
+        showgrid=False, range=[grid.depths - 0.5, -0.5])
     title = f"Recall: {html.escape(name)}" if name else "Recall"
-    return styled(fig, title, max(360, 110 + 10 * grid.depths)).update_layout(legend=ABOVE)
+    fig = styled(fig, title, max(360, 110 + 10 * grid.depths))
+    return fig.update_layout(legend=ABOVE)
 
 # %% ../../nbs/72_show.measured.ipynb #3bad3e01
 def _spread(last: int) -> list[int]:
@@ -147,36 +202,47 @@ def _spread(last: int) -> list[int]:
     return sorted({round(last ** (i / 48)) for i in range(49)})
 
 # %% ../../nbs/72_show.measured.ipynb #9ce8bc81
+def _in_words(half: float) -> str:
+    "A half-life of `half` tokens."
+    if math.isinf(half): return "none: it never forgets"
+    return f"{half:,.0f} tokens" if half >= 9.5 else f"{half:.1f} tokens"
+
+# %% ../../nbs/72_show.measured.ipynb #c48f58cc
+def _reach(slowest: float) -> int:
+    "After how many tokens, a power of two, 1% is left, if the decay is `slowest`; at most 2 ** 20."
+    if slowest <= 0: return 2 ** 20
+    tokens = math.log(100) / slowest
+    return 2 ** min(20, max(4, math.ceil(math.log2(tokens))))
+
+# %% ../../nbs/72_show.measured.ipynb #fbcd207d
 def _constant_memory(log_decay: Tensor) -> tuple[list[int], Tensor, list[str]]:
     "For decays `(H,)`: numbers of tokens, what is left `(H, n)`, the half-life of each head."
     slowest = float(-log_decay.max())
-    # as far as 1% is left, in powers of two
-    last = 2 ** 20
-    if slowest > 0: last = 2 ** min(20, max(4, math.ceil(math.log2(math.log(100) / slowest))))
-    n = _spread(last)
-    words = []
-    for half in (math.log(2) / log_decay.abs()).tolist():
-        tokens = f"{half:,.0f} tokens" if half >= 9.5 else f"{half:.1f} tokens"
-        words.append(tokens if half < math.inf else "none: it never forgets")
-    return n, (log_decay[:, None] * torch.tensor(n)).exp(), words
+    n = _spread(_reach(slowest))
+    left = (log_decay[:, None] * torch.tensor(n)).exp()
+    halves = math.log(2) / log_decay.abs()
+    return n, left, [_in_words(half) for half in halves.tolist()]
 
 # %% ../../nbs/72_show.measured.ipynb #d82f2292
 def _measured_memory(log_decay: Tensor) -> tuple[list[int], Tensor, list[str]]:
     "The same for decays `(T, H)` of a text, of whose first token the state keeps less and less."
-    total = log_decay[1:].cumsum(0).T           # a token's own decay acts on what was before it
+    # a token's own decay acts on what was before it
+    total = log_decay[1:].cumsum(0).T
     words = []
     for row in total:
         below = (row <= -math.log(2)).nonzero()
         count = f"{int(below[0]) + 1:,}" if len(below) else f"more than {len(row):,}"
         words.append(f"{count} tokens")
     n = _spread(total.shape[1])
-    return n, total[:, [i - 1 for i in n]].exp(), words
+    at = [i - 1 for i in n]
+    return n, total[:, at].exp(), words
 
 # %% ../../nbs/72_show.measured.ipynb #5f1a0c10
 def _check_decays(log_decay: Tensor) -> Tensor:
     "The decays in float64 on the CPU; `ValueError` for other shapes and for positive values."
     g = torch.as_tensor(log_decay).detach().cpu().double()
-    if g.ndim not in (1, 2) or not g.numel() or (g.ndim == 2 and len(g) < 2):
+    one_token = g.ndim == 2 and len(g) < 2
+    if g.ndim not in (1, 2) or not g.numel() or one_token:
         raise ValueError("log_decay: expected (H,), or (T, H) with at least 2 tokens, "
                          f"got shape {tuple(g.shape)}")
     if bool((g <= 0).all()): return g
@@ -184,6 +250,15 @@ def _check_decays(log_decay: Tensor) -> Tensor:
                      f"got up to {float(g.max()):.3g}")
 
 # %% ../../nbs/72_show.measured.ipynb #ab91733f
+def _memory_rows(log_decay: Tensor) -> Rows:
+    "What is left of a token, a row for each head, with the half-life as its note."
+    memory = _constant_memory if log_decay.ndim == 1 else _measured_memory
+    n, left, half = memory(log_decay)
+    hover = ("<b>head %{row}</b>, %{x:,} token(s) later: %{value:.1%} left<br>"
+             "half-life %{note}")
+    return Rows("head", n, left, hover, half)
+
+# %% ../../nbs/72_show.measured.ipynb #f6d08cbc
 def memory_figure(log_decay: Tensor, kind: str | None = None) -> Figure:
     """What the state of a linear layer still has of a token, `n` tokens later, for each head.
 
@@ -193,13 +268,12 @@ def memory_figure(log_decay: Tensor, kind: str | None = None) -> Figure:
     `kind` as for `gates_figure`.
 
     Raises `ValueError` for other shapes, positive values, and a text of fewer than two tokens."""
-    g = _check_decays(log_decay)
-    n, left, half = _constant_memory(g) if g.ndim == 1 else _measured_memory(g)
-    rows = Rows("head", n, left, "<b>head %{row}</b>, %{x:,} token(s) later: %{value:.1%} left<br>"
-                "half-life %{note}", half)
+    rows = _memory_rows(_check_decays(log_decay))
+    last = rows.x[-1]
     axis = {"title": "left of a token", "range": [-0.03, 1.03], "tickformat": ".0%"}
     fig = lines_or_heat(rows, axis, "left", kind)
     fig.update_traces(colorbar={"tickformat": ".0%"}, selector={"type": "heatmap"})
-    fig.update_xaxes(title="tokens later", type="log", tickformat=",d",
-                     range=[0, math.log10(n[-1])], dtick=1 if n[-1] > 100 else None)
-    return styled_rows(fig, "What a linear layer remembers", len(left))
+    fig.update_xaxes(
+        title="tokens later", type="log", tickformat=",d",
+        range=[0, math.log10(last)], dtick=1 if last > 100 else None)
+    return styled_rows(fig, "What a linear layer remembers", len(rows.values))
