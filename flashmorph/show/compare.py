@@ -20,15 +20,22 @@ from .widget import Widget, allowed, layers_of, method_sets, script
 __all__ = ['SelectionCompare', 'RecallMap']
 
 # %% ../../nbs/77_show.compare.ipynb #b38c5be6
-def _sizes(methods: Mapping[str, Any]) -> list[int]:
-    "The numbers of layers of the methods that have one; a function has none."
-    sizes = []
+def _num_layers(methods: Mapping[str, Any], given: int | None) -> int:
+    "The number `given`, or that of the first method that has one; 0 if all are functions."
+    if given: return given
     for method in methods.values():
-        if isinstance(method, (Selection, GateRun, Ranking)): sizes.append(method.num_layers)
-        elif isinstance(method, Sequence): sizes.append(len(method))
-    return sizes
+        if isinstance(method, (Selection, GateRun, Ranking)): return method.num_layers
+        if isinstance(method, Sequence): return len(method)
+    return 0
 
 # %% ../../nbs/77_show.compare.ipynb #cac7bdb1
+def _first_budget(methods: Mapping[str, Any], num_layers: int) -> int:
+    "Where the slider begins: at the first finished selection, or at a quarter of the layers."
+    for method in methods.values():
+        if isinstance(method, Selection): return method.budget
+    return max(1, num_layers // 4)
+
+# %% ../../nbs/77_show.compare.ipynb #64c593c1
 class SelectionCompare(Widget):
     """Methods by layers at a budget to drag: who keeps what, and how much they share.
 
@@ -42,13 +49,11 @@ class SelectionCompare(Widget):
     def __init__(self, methods: Mapping[str, Any] | Sequence[Selection],
                  num_layers: int | None = None, budget: int | None = None):
         if not isinstance(methods, Mapping): methods = {s.method: s for s in methods}
-        L = next(iter([*filter(None, [num_layers]), *_sizes(methods)]), 0)
+        L = _num_layers(methods, num_layers)
         if not methods or not L:
             raise ValueError("methods: expected at least one; "
                              "if all are functions, also num_layers")
-        if budget is None:
-            fixed = [m.budget for m in methods.values() if isinstance(m, Selection)]
-            budget = next(iter(fixed), max(1, L // 4))
+        if budget is None: budget = _first_budget(methods, L)
         sets = method_sets(methods, L)
         super().__init__(num_layers=L, methods=sets, budget=check_budget(budget, L))
 
@@ -59,9 +64,13 @@ class SelectionCompare(Widget):
     @property
     def selections(self) -> list[Selection]:
         "What the methods choose at the present budget, without those that have nothing there."
-        sets = {method["name"]: method["sets"][self.budget] for method in self.methods}
-        return [Selection(tuple(layers_of(mask)), self.num_layers, name)
-                for name, mask in sets.items() if mask]
+        chosen = []
+        for method in self.methods:
+            mask = method["sets"][self.budget]
+            if not mask: continue
+            layers = tuple(layers_of(mask))
+            chosen.append(Selection(layers, self.num_layers, method["name"]))
+        return chosen
 
     def figure(self) -> Figure:
         if self.selections: return selection_figure(self.selections)
@@ -72,12 +81,15 @@ class SelectionCompare(Widget):
 # %% ../../nbs/77_show.compare.ipynb #ba600061
 def _map_state(name: str, grid: RecallGrid) -> dict[str, Any]:
     "A map as the script draws it."
-    recall = [list(map(_rounded, row)) for row in grid.recall]
-    return {"name": name, "lengths": list(grid.lengths), "recall": recall,
-            "counts": [list(row) for row in grid.counts]}
-
-
-def _rounded(share: float | None) -> float | None: return None if share is None else round(share, 4)
+    recall = []
+    for row in grid.recall:
+        recall.append([None if share is None else round(share, 4) for share in row])
+    return {
+        "name": name,
+        "lengths": list(grid.lengths),
+        "recall": recall,
+        "counts": [list(row) for row in grid.counts],
+    }
 
 # %% ../../nbs/77_show.compare.ipynb #c4d2fbe9
 class RecallMap(Widget):

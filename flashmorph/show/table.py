@@ -21,20 +21,26 @@ __all__ = ['COLUMNS', 'result_rows', 'fitting', 'ResultsTable', 'results_table']
 COLUMNS = ("model", "stage", "full layers", "recall", "exact", "answer NLL", "LM NLL", "params",
            "cache")
 
-
+# %% ../../nbs/78_show.table.ipynb #c10852d0
 def _row(results: Results, model: ModelResult, stage: str) -> tuple[str, ...]:
     "The cells of one row, as `COLUMNS`."
     kept = results.kept(model.method)
-    layers = [("?" if n is None else str(n)) for n in (kept, results.num_layers)]
-    return (label(model.method), label(stage), "/".join(layers),
-            percent(model.score(stage, "recall")), percent(model.score(stage, "exact")),
-            nats(model.score(stage, "answer_nll")), nats(model.score(stage, "lm_nll")),
-            amount(model.parameters, "count"), amount(model.cache_bytes, "bytes"))
+    layers = ["?" if n is None else str(n) for n in (kept, results.num_layers)]
+    def score(key: str) -> float | None: return model.score(stage, key)
+    return (
+        label(model.method), label(stage), "/".join(layers),
+        percent(score("recall")), percent(score("exact")),
+        nats(score("answer_nll")), nats(score("lm_nll")),
+        amount(model.parameters, "count"), amount(model.cache_bytes, "bytes"),
+    )
 
-
+# %% ../../nbs/78_show.table.ipynb #2376b465
 def result_rows(results: Results) -> list[tuple[str, ...]]:
     "All rows, model by model and stage by stage."
-    return [_row(results, model, stage) for model in results.models for stage in model.scores]
+    rows = []
+    for model in results.models:
+        rows += [_row(results, model, stage) for stage in model.scores]
+    return rows
 
 # %% ../../nbs/78_show.table.ipynb #14ca8361
 def fitting(widths: Sequence[int], room: int) -> list[list[int]]:
@@ -47,12 +53,19 @@ def fitting(widths: Sequence[int], room: int) -> list[list[int]]:
     return groups
 
 # %% ../../nbs/78_show.table.ipynb #dcb10e74
-def _table(rows: list[tuple[str, ...]], columns: Sequence[int]) -> Table:
-    "Some columns of the rows, with a line between two models."
+def _empty_table(columns: Sequence[int]) -> Table:
+    "A table without rows: names on the left, numbers on the right."
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i in columns:
+        heading = COLUMNS[i].replace(" ", "\n")
         justify: Any = "left" if i < 2 else "right"
-        table.add_column(COLUMNS[i].replace(" ", "\n"), justify=justify, no_wrap=True)
+        table.add_column(heading, justify=justify, no_wrap=True)
+    return table
+
+# %% ../../nbs/78_show.table.ipynb #3e40ee7a
+def _table(rows: list[tuple[str, ...]], columns: Sequence[int]) -> Table:
+    "Some columns of the rows, with a line between two models."
+    table = _empty_table(columns)
     before = None
     for name, *rest in rows:
         cells = ["" if name == before else name, *rest]
@@ -63,32 +76,41 @@ def _table(rows: list[tuple[str, ...]], columns: Sequence[int]) -> Table:
     return table
 
 # %% ../../nbs/78_show.table.ipynb #974cfa10
+def _widths(rows: list[tuple[str, ...]]) -> list[int]:
+    "How wide each column is, with a space on the right and a gap."
+    widths = []
+    for i, name in enumerate(COLUMNS):
+        words = [*name.split(), *(row[i] for row in rows)]
+        widths.append(2 + max(map(len, words)))
+    return widths
+
+# %% ../../nbs/78_show.table.ipynb #8e6c372a
+def _groups(rows: list[tuple[str, ...]], width: int) -> list[list[int]]:
+    "The columns of each table that fits `width`; each begins with the names."
+    widths = _widths(rows)
+    room = width - 1 - sum(widths[:2])
+    groups = []
+    for group in fitting(widths[2:], room):
+        numbers = [i + 2 for i in group]
+        groups.append([0, 1, *numbers])
+    return groups
+
+# %% ../../nbs/78_show.table.ipynb #e3dbfece
 class ResultsTable(JupyterMixin):
     "`results.json` as a table for a terminal of any width, with whole numbers."
     def __init__(self, results: Results):
         self.results = results
         self.rows = result_rows(results)
 
-    def groups(self, width: int) -> list[list[int]]:
-        "The columns of each table that fits `width`; each begins with the names."
-        widths = []
-        for i, name in enumerate(COLUMNS):
-            words = [*name.split(), *(row[i] for row in self.rows)]
-            widths.append(2 + max(map(len, words)))            # space on the right, and a gap
-        names, numbers = widths[:2], widths[2:]
-        groups = []
-        for group in fitting(numbers, width - 1 - sum(names)):
-            groups.append([0, 1, *(i + 2 for i in group)])
-        return groups
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        layers, seconds = self.results.layers, self.results.total_seconds
+        layers = self.results.layers
         if layers: yield Text(f"full attention in layers {list(layers)}", style="italic")
         if self.rows:
-            for columns in self.groups(options.max_width): yield _table(self.rows, columns)
+            for columns in _groups(self.rows, options.max_width): yield _table(self.rows, columns)
+        seconds = self.results.total_seconds
         if seconds: yield Text(f"{duration(seconds)} in all", style="italic")
 
-
+# %% ../../nbs/78_show.table.ipynb #2ddac495
 def results_table(results: Results | dict[str, Any]) -> ResultsTable:
     """`results.json` as a table for the terminal.
 
