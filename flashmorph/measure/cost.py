@@ -19,9 +19,9 @@ from ..results import Cost
 from ..selection import Selection, check_layers
 
 # %% auto #0
-__all__ = ['STRAIGHT', 'Weights', 'count_weights', 'LayerCost', 'run_mixer', 'MixerCost', 'projection_sizes', 'cost_in_place',
-           'visible_pairs', 'fill_cache', 'full_costs', 'meta_model', 'mixer_costs', 'check_counts', 'add_up',
-           'CostModel', 'cost', 'budget_costs']
+__all__ = ['STRAIGHT', 'Weights', 'expert_stacks', 'count_weights', 'LayerCost', 'run_mixer', 'state_bytes', 'MixerCost',
+           'projection_sizes', 'cost_in_place', 'visible_pairs', 'fill_cache', 'full_cost', 'meta_model', 'mixer_costs',
+           'check_counts', 'add_up', 'CostModel', 'cost', 'budget_costs']
 
 # %% ../../nbs/50_measure.cost.ipynb #3213b587
 @dataclass(frozen=True)
@@ -35,30 +35,36 @@ class Weights:
 
     def read(self, tokens: int) -> int:
         "Weights read to process `tokens` tokens once; with experts: at most."
-        rows_unread = sum(size - min(size, tokens * row) for size, row in self.tables)
-        experts_unread = sum(size - size * min(count, tokens * used) // count
-                             for size, count, used in self.experts)
-        return self.parameters - rows_unread - experts_unread
+        unread = 0
+        for size, row in self.tables: unread += size - min(size, tokens * row)
+        for size, count, used in self.experts:
+            unread += size - size * min(count, tokens * used) // count
+        return self.parameters - unread
 
 # %% ../../nbs/50_measure.cost.ipynb #3046b021
+def expert_stacks(model: PreTrainedModel) -> tuple[tuple[int, int, int], ...]:
+    "(size, experts, experts per token) of each stack of experts: weights of three dimensions."
+    config = model.config.get_text_config()
+    stacks = []
+    for p in model.parameters():
+        if p.ndim == 3: stacks.append((p.numel(), p.shape[0], config.num_experts_per_tok))
+    return tuple(stacks)
+
+# %% ../../nbs/50_measure.cost.ipynb #bd8f2f45
 def count_weights(model: PreTrainedModel) -> Weights:
     "The `Weights` of a model, which may be on the meta device."
-    config = model.config.get_text_config()
     output: Any = model.get_output_embeddings()
     head = output.weight
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} - {head}
-
-    # Sort the weights by their dimensions.
+    rows = tuple((table.numel(), table.shape[1]) for table in tables)
+    # What multiplies each token: matrices, and a share of the experts.
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim == 2 and p is not head and p not in tables]
-    stacks = [(p.numel(), p.shape[0], config.num_experts_per_tok)
-              for p in parameters if p.ndim == 3]
-
     dense = sum(p.numel() for p in matrices)
+    stacks = expert_stacks(model)
     routed = sum(size * used // count for size, count, used in stacks)
-    rows = tuple((table.numel(), table.shape[1]) for table in tables)
     total = sum(p.numel() for p in parameters)
-    return Weights(total, dense + routed, head.numel(), rows, tuple(stacks))
+    return Weights(total, dense + routed, head.numel(), rows, stacks)
 
 # %% ../../nbs/50_measure.cost.ipynb #6533a89f
 class LayerCost(NamedTuple):
@@ -68,21 +74,27 @@ class LayerCost(NamedTuple):
     kept: int  # bytes in the cache
     parameters: int = 0
 
+# %% ../../nbs/50_measure.cost.ipynb #3b543e61
 def run_mixer(
     mixer: nn.Module, dims: MixerDims, tokens: int, state: State | None = None
 ) -> tuple[int, State]:
     "FLOPs of `tokens` more tokens of one sequence of zeros, and the state after them."
     from torch.utils.flop_counter import FlopCounterMode  # brings triton with it
-    heads, kv_heads = dims.num_heads, dims.num_kv_heads
-    q = torch.zeros(1, tokens, heads, dims.head_dim)
-    k = torch.zeros(1, tokens, kv_heads, dims.head_dim)
-    v = torch.zeros(1, tokens, kv_heads, dims.value_dim)
+    q = torch.zeros(1, tokens, dims.num_heads, dims.head_dim)
+    k = torch.zeros(1, tokens, dims.num_kv_heads, dims.head_dim)
+    v = torch.zeros(1, tokens, dims.num_kv_heads, dims.value_dim)
     hidden = torch.zeros(1, tokens, dims.hidden_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _, state = mixer(q, k, v, hidden, scale=1.0, state=state)
     return counter.get_total_flops(), state
 
 # %% ../../nbs/50_measure.cost.ipynb #80eda39f
+def state_bytes(state: State) -> int:
+    "The bytes of a mixer's state, of one tensor or several."
+    tensors = state if isinstance(state, tuple) else (state,)
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+# %% ../../nbs/50_measure.cost.ipynb #2e2ce8fe
 STRAIGHT = 256  # tokens up to which a mixer is really run
 
 class MixerCost:
@@ -93,25 +105,26 @@ class MixerCost:
     def __init__(self, name: str, dims: MixerDims, grown: tuple[int, int] = (0, 0)):
         self.dims = dims
         self.mixer = make_mixer(name, dims)
-        self.parameters = sum(p.numel() for p in self.mixer.parameters()) + grown[0]
+        own = sum(p.numel() for p in self.mixer.parameters())
+        self.parameters = own + grown[0]
         self.grown_matrices = grown[1]
         self.half, _ = run_mixer(self.mixer, dims, STRAIGHT // 2)
         self.whole, self.state = run_mixer(self.mixer, dims, STRAIGHT)
 
+    def flops(self, context: int) -> int:
+        "FLOPs of the mixer for `context` tokens: counted, or beyond `STRAIGHT` along the line."
+        if context <= STRAIGHT: return run_mixer(self.mixer, self.dims, context)[0]
+        slope = self.whole - self.half
+        return self.whole + slope * (context - STRAIGHT) // (STRAIGHT // 2)
+
     def count(self, batch: int, context: int) -> LayerCost:
         "What the mixer adds to a layer for `batch` sequences of `context` tokens."
-        if context <= STRAIGHT:
-            flops, _ = run_mixer(self.mixer, self.dims, context)
-        else:
-            slope = self.whole - self.half
-            flops = self.whole + slope * (context - STRAIGHT) // (STRAIGHT // 2)
         step, _ = run_mixer(self.mixer, self.dims, 1, self.state)
-        states = self.state if isinstance(self.state, tuple) else (self.state,)
-        kept = sum(x.numel() * x.element_size() for x in states)
         # Each weight of the larger matrices is one multiplication and one addition per token.
-        flops += 2 * context * self.grown_matrices
-        step += 2 * self.grown_matrices
-        return LayerCost(batch * flops, batch * step, batch * kept, self.parameters)
+        grown = 2 * self.grown_matrices
+        prefill = batch * (self.flops(context) + context * grown)
+        decode = batch * (step + grown)
+        return LayerCost(prefill, decode, batch * state_bytes(self.state), self.parameters)
 
 # %% ../../nbs/50_measure.cost.ipynb #143d415c
 def projection_sizes(module: nn.Module) -> tuple[int, int]:
@@ -120,6 +133,7 @@ def projection_sizes(module: nn.Module) -> tuple[int, int]:
     matrices = sum(p.numel() for p in parameters if p.ndim == 2)
     return sum(p.numel() for p in parameters), matrices
 
+# %% ../../nbs/50_measure.cost.ipynb #6b02b7fd
 def cost_in_place(name: str, attn: nn.Module, config: PreTrainedConfig) -> MixerCost:
     "The cost of the mixer `name` in a linear branch made from `attn`, on the meta device."
     with torch.device("meta"): branch = linear_attention(copy.deepcopy(attn), name, config)
@@ -148,19 +162,15 @@ def fill_cache(
         cache.update(keys, values, i)
     return list(cache.layers)
 
-def full_costs(
-    config: PreTrainedConfig, dims: list[MixerDims], context: int, batch: int, dtype: torch.dtype
-) -> list[LayerCost]:
-    "The cost of each layer as a full one."
-    found: list[LayerCost] = []
-    for d, slot in zip(dims, fill_cache(config, dims, context, batch, dtype)):
-        window = getattr(slot, "sliding_window", None)
-        pair = 2 * batch * d.num_heads * (d.head_dim + d.value_dim)
-        prefill = pair * visible_pairs(context, window)
-        decode = pair * min(context + 1, window or context + 1)
-        kept = sum(x.numel() * x.element_size() for x in (slot.keys, slot.values))
-        found.append(LayerCost(prefill, decode, kept))
-    return found
+# %% ../../nbs/50_measure.cost.ipynb #437f141f
+def full_cost(dims: MixerDims, slot: Any, context: int, batch: int) -> LayerCost:
+    "The cost of a full layer whose `slot` of the cache is filled."
+    window = getattr(slot, "sliding_window", None)
+    pair = 2 * batch * dims.num_heads * (dims.head_dim + dims.value_dim)
+    prefill = pair * visible_pairs(context, window)
+    decode = pair * min(context + 1, window or context + 1)
+    kept = sum(x.numel() * x.element_size() for x in (slot.keys, slot.values))
+    return LayerCost(prefill, decode, kept)
 
 # %% ../../nbs/50_measure.cost.ipynb #56dc57e5
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -173,10 +183,11 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         raise ValueError(f"{kind!r} is no decoder that transformers can build. "
                          f"Supported families: {families}") from error
 
+# %% ../../nbs/50_measure.cost.ipynb #0eb40b64
 def mixer_costs(mixer: str, model: PreTrainedModel) -> list[MixerCost]:
     "The cost of `mixer` in each layer of a meta model: one object for all layers of one shape."
     built: dict[MixerDims, MixerCost] = {}
-    found: list[MixerCost] = []
+    found = []
     for _, attn in attention_modules(model):
         shape = replace(mixer_dims(attn, model.config), layer_idx=0)
         if shape not in built: built[shape] = cost_in_place(mixer, attn, model.config)
@@ -190,6 +201,7 @@ def check_counts(**counts: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
+# %% ../../nbs/50_measure.cost.ipynb #9dedebb1
 def add_up(
     weights: Weights, used: Sequence[LayerCost], full: Sequence[int], *,
     context: int, batch: int, dtype: torch.dtype,
@@ -236,8 +248,9 @@ class CostModel:
         "Each layer as a full one and as a linear one; `key` is context, batch and dtype."
         if key not in self.counted:
             context, batch, _ = key
+            slots = fill_cache(self.config, self.dims, *key)
+            full = [full_cost(d, slot, context, batch) for d, slot in zip(self.dims, slots)]
             linear = {mixer: mixer.count(batch, context) for mixer in set(self.mixers)}
-            full = full_costs(self.config, self.dims, *key)
             self.counted[key] = full, [linear[mixer] for mixer in self.mixers]
         return self.counted[key]
 
@@ -267,6 +280,7 @@ def cost(
     "The `Cost` of one hybrid. For more than one, keep a `CostModel`."
     return CostModel(config, mixer)(full_layers, context=context, batch=batch, dtype=dtype)
 
+# %% ../../nbs/50_measure.cost.ipynb #66204cc3
 def budget_costs(
     config: PreTrainedConfig,
     order: Sequence[int],  # every layer, most important first, as `GateRun.order` gives them

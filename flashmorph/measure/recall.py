@@ -15,48 +15,64 @@ from .evaluate import HELD_OUT, token_scores
 from ..results import RecallGrid
 
 # %% auto #0
-__all__ = ['answer_depths', 'answers_by_depth', 'grid_of', 'checked_lengths', 'recall_map']
+__all__ = ['first_place', 'answer_depths', 'right_answers', 'answers_by_depth', 'grid_of', 'checked_lengths', 'answers_by_cell',
+           'recall_map']
 
 # %% ../../nbs/52_measure.recall.ipynb #d610ff6a
-def answer_depths(input_ids: Tensor, answers: Tensor) -> dict[int, float]:
-    """Where in a book `(T,)` each passkey lies: its number to a depth from 0 to 1.
+def first_place(words: Tensor, text: Tensor) -> int | None:
+    "Where `words` `(n,)` first stand in `text` `(T,)`; `None` if they do not."
+    if len(text) < len(words): return None
+    windows = text.unfold(0, len(words), 1)
+    hits = (windows == words).all(-1).nonzero()
+    return int(hits[0]) if len(hits) else None
 
-    Depth 0 is the start of the book, 1 the first answer. `answers` `(T,)` marks the answer tokens
-    with the number of their passkey. A passkey whose words are not found before the first answer
-    is left out."""
-    if not (answers > 0).any(): return {}
-    end = int((answers > 0).nonzero()[0])
-    before = input_ids[:end]
+# %% ../../nbs/52_measure.recall.ipynb #8f483de9
+def answer_depths(input_ids: Tensor, answers: Tensor) -> dict[int, float]:
+    """The depth in a book `(T,)` of each passkey, by its number: 0 the start, 1 the first answer.
+
+    `answers` `(T,)` marks the answer tokens with the number of their passkey. A passkey whose words
+    are not found before the first answer is left out."""
+    asked = answers > 0
+    if not asked.any(): return {}
+    end = int(asked.nonzero()[0])
     found = {}
-    for number in answers[answers > 0].unique().tolist():
+    for number in answers[asked].unique().tolist():
         words = input_ids[answers == number]
-        if len(before) < len(words): continue
-        hits = (before.unfold(0, len(words), 1) == words).all(-1).nonzero()
-        if len(hits): found[number] = int(hits[0]) / end
+        place = first_place(words, input_ids[:end])
+        if place is not None: found[number] = place / end
     return found
 
 # %% ../../nbs/52_measure.recall.ipynb #c47508b8
+def right_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    "1.0 for each answer token of a batch `(B, T)` that `model` predicts, 0.0 elsewhere."
+    device = next(model.parameters()).device
+    asked = batch["answers"] > 0
+    _, hits = token_scores(model, batch["input_ids"].to(device), asked.to(device))
+    right = torch.zeros_like(batch["answers"], dtype=torch.float32)
+    right[asked] = hits.cpu().float()
+    return right
+
+# %% ../../nbs/52_measure.recall.ipynb #0a46005d
 def answers_by_depth(model: nn.Module, books: Iterable[dict[str, Tensor]], batch_size: int,
                      count: int) -> Iterator[tuple[float, float]]:
     "Of each passkey of `count` books: its depth, and the share of its tokens that are predicted."
-    device = next(model.parameters()).device
     for batch in batches(books, batch_size, count):
-        ids, answers = batch["input_ids"], batch["answers"]
-        right = torch.zeros_like(answers, dtype=torch.float32)
-        _, hits = token_scores(model, ids.to(device), (answers > 0).to(device))
-        right[answers > 0] = hits.cpu().float()
-        for row, marks, shares in zip(ids, answers, right):
-            for number, depth in answer_depths(row, marks).items():
-                yield depth, shares[marks == number].mean().item()
+        right = right_answers(model, batch)
+        for ids, answers, hits in zip(batch["input_ids"], batch["answers"], right):
+            for number, depth in answer_depths(ids, answers).items():
+                share = hits[answers == number].mean()
+                yield depth, share.item()
 
 # %% ../../nbs/52_measure.recall.ipynb #35468a1e
 def grid_of(lengths: tuple[int, ...], depths: int,
             cells: Mapping[tuple[int, int], list[float]]) -> RecallGrid:
     "Mean and number of the values in each cell `(depth, length)`; cells without values may miss."
-    recall, counts = [], []
+    recall = []
+    counts = []
     for depth in range(depths):
         row = [cells.get((depth, n), []) for n in range(len(lengths))]
-        recall.append(tuple(sum(cell) / len(cell) if cell else None for cell in row))
+        means = [sum(cell) / len(cell) if cell else None for cell in row]
+        recall.append(tuple(means))
         counts.append(tuple(map(len, row)))
     return RecallGrid(lengths, tuple(recall), tuple(counts))
 
@@ -69,6 +85,19 @@ def checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(whole_number("lengths", length) for length in found)
 
 # %% ../../nbs/52_measure.recall.ipynb #629b53ba
+def answers_by_cell(
+    model: nn.Module, columns: Sequence[Iterable[dict[str, Tensor]]], depths: int,
+    batch_size: int, count: int,
+) -> dict[tuple[int, int], list[float]]:
+    "The answers to `count` books of each column, by cell `(depth, column)`."
+    cells = defaultdict(list)
+    for n, books in enumerate(columns):
+        for depth, right in answers_by_depth(model, books, batch_size, count):
+            row = min(depths - 1, int(depth * depths))
+            cells[row, n].append(right)
+    return cells
+
+# %% ../../nbs/52_measure.recall.ipynb #b2f1d608
 def recall_map(model: nn.Module, tokenizer: Any, lengths: Sequence[int] = (128, 256, 512),
                depths: int = 5, *, books: int = 32, keys: int = 2, words_per_key: int = 6,
                batch_size: int = 8, seed: int = HELD_OUT, **source: Any) -> RecallGrid:
@@ -83,13 +112,9 @@ def recall_map(model: nn.Module, tokenizer: Any, lengths: Sequence[int] = (128, 
     lengths = checked_lengths(lengths)
     task = {"keys": keys, "words_per_key": words_per_key, "seed": seed, **source}
     columns = [passkeys(tokenizer, length=n, held_out=True, **task) for n in lengths]
-    # each answer to its cell
-    cells = defaultdict(list)
+    # the answers, without dropout
     training = model.training
     model.eval()
-    try:
-        for n, rows in enumerate(columns):
-            for depth, right in answers_by_depth(model, rows, batch_size, count):
-                cells[min(depths - 1, int(depth * depths)), n].append(right)
+    try: cells = answers_by_cell(model, columns, depths, batch_size, count)
     finally: model.train(training)
     return grid_of(lengths, depths, cells)
