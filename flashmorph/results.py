@@ -125,7 +125,7 @@ def _table(record: Any, name: str) -> dict[str, Any]:
     got = f"{record!r:.80}"
     raise ValueError(f"results: {name}: expected a table, got {got}")
 
-
+# %% ../nbs/02_results.ipynb #5d646f44
 def _layers(record: Any, name: str) -> tuple[int, ...]:
     "`record` as indices of layers; `ValueError` if it is no list of integers."
     try: return tuple(operator.index(layer) for layer in record)

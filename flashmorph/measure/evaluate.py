@@ -20,8 +20,8 @@ from ..results import Evaluation
 from ..settings import setting
 
 # %% auto #0
-__all__ = ['HELD_OUT', 'EvaluateConfig', 'check_ids', 'token_scores', 'exact_keys', 'evaluate_recall', 'evaluate_text',
-           'evaluate']
+__all__ = ['HELD_OUT', 'EvaluateConfig', 'check_ids', 'check_finite', 'scores_from_hidden', 'token_scores', 'exact_keys',
+           'evaluate_recall', 'evaluate_text', 'held_out_rows', 'evaluate']
 
 # %% ../../nbs/51_measure.evaluate.ipynb #c91a1883
 HELD_OUT = 1_000_003      # seeds of evaluation data start here; trainings use small seeds
@@ -47,6 +47,27 @@ def check_ids(model: nn.Module, ids: torch.Tensor) -> None:
                      "use the tokenizer that belongs to the model")
 
 # %% ../../nbs/51_measure.evaluate.ipynb #ade2f953
+def check_finite(loss: torch.Tensor) -> None:
+    "Raises `FloatingPointError` if a loss is not finite."
+    if loss.isfinite().all(): return
+    raise FloatingPointError("the loss of the model is not finite, so its scores would mean "
+                             "nothing: NaN or infinite numbers are in weights or activations")
+
+# %% ../../nbs/51_measure.evaluate.ipynb #ed0e9c75
+def scores_from_hidden(model: nn.Module, hidden: torch.Tensor,
+                       targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "Loss and correctness, (N,) each, of predicting `targets` (N,) from `hidden` (N, D)."
+    nll = []
+    right = []
+    # logits of a thousand tokens at a time
+    with logits_from_hidden(model) as logits:
+        for h, y in zip(hidden.split(1024), targets.split(1024), strict=True):
+            z = logits(h).float()
+            nll.append(F.cross_entropy(z, y, reduction="none"))
+            right.append(z.argmax(-1) == y)
+    return torch.cat(nll), torch.cat(right)
+
+# %% ../../nbs/51_measure.evaluate.ipynb #8c0fbbf2
 @torch.no_grad()
 def token_scores(model: nn.Module, ids: torch.Tensor,
                  where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,26 +76,20 @@ def token_scores(model: nn.Module, ids: torch.Tensor,
     `ids` and `where` are (B, T), and `where[:, 0]` is False. Raises `ValueError` for ids that the
     model does not have, and `FloatingPointError` for a loss that is not finite."""
     check_ids(model, ids)
-    hidden = hidden_states(model, ids)[:, :-1][where[:, 1:]]
-    targets = ids[:, 1:][where[:, 1:]]
-    nll, right = [], []
-    # logits of a thousand tokens at a time
-    with logits_from_hidden(model) as logits:
-        for h, y in zip(hidden.split(1024), targets.split(1024), strict=True):
-            z = logits(h).float()
-            nll.append(F.cross_entropy(z, y, reduction="none"))
-            right.append(z.argmax(-1) == y)
-    loss = torch.cat(nll)
-    if not loss.isfinite().all():
-        raise FloatingPointError("the loss of the model is not finite, so its scores would mean "
-                                 "nothing: NaN or infinite numbers are in weights or activations")
-    return loss, torch.cat(right)
+    chosen = where[:, 1:]
+    hidden = hidden_states(model, ids)[:, :-1][chosen]
+    targets = ids[:, 1:][chosen]
+    loss, right = scores_from_hidden(model, hidden, targets)
+    check_finite(loss)
+    return loss, right
 
 # %% ../../nbs/51_measure.evaluate.ipynb #e888b862
 def exact_keys(answers: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     "For each asked passkey of `answers` (B, T), whether all its tokens are right; `right` is (N,)."
-    row, _ = (answers > 0).nonzero(as_tuple=True)
-    key = row * (answers.max() + 1) + answers[answers > 0]     # one number per passkey of the batch
+    asked = answers > 0
+    row, _ = asked.nonzero(as_tuple=True)
+    # one number per passkey of the batch
+    key = row * (answers.max() + 1) + answers[asked]
     return torch.stack([right[key == k].all() for k in key.unique()])
 
 # %% ../../nbs/51_measure.evaluate.ipynb #9e925ecc
@@ -85,11 +100,12 @@ def evaluate_recall(model: nn.Module, books: Iterable[dict[str, torch.Tensor]], 
     nll, right = [], []
     exact = []
     for batch in batches(books, batch_size, count):
+        ids = batch["input_ids"].to(device)
         answers = batch["answers"].to(device)
-        loss, ok = token_scores(model, batch["input_ids"].to(device), answers > 0)
+        loss, hits = token_scores(model, ids, answers > 0)
         nll.append(loss)
-        right.append(ok)
-        exact.append(exact_keys(answers, ok))
+        right.append(hits)
+        exact.append(exact_keys(answers, hits))
     return {
         "recall": torch.cat(right).float().mean().item(),
         "exact": torch.cat(exact).float().mean().item(),
@@ -110,6 +126,16 @@ def evaluate_text(model: nn.Module, blocks: Iterable[dict[str, torch.Tensor]], c
     return torch.cat(nll).mean().item()
 
 # %% ../../nbs/51_measure.evaluate.ipynb #06d7d4f1
+def held_out_rows(tokenizer: Any, config: EvaluateConfig,
+                  seed: int) -> tuple[Passkeys, TokenBlocks]:
+    "Passkey books, and blocks of plain text, that training does not read."
+    source = open_source(config, seed=seed, held_out=True)
+    books = Passkeys(tokenizer, source, config.length,
+                     keys=config.keys, words_per_key=config.words_per_key, seed=seed)
+    plain = open_source(config, seed=seed + 1, held_out=True)
+    return books, TokenBlocks(tokenizer, plain, config.length)
+
+# %% ../../nbs/51_measure.evaluate.ipynb #e651c00d
 def evaluate(model: nn.Module, tokenizer: Any, *, seed: int = HELD_OUT,
              **settings: Any) -> Evaluation:
     """Recall on held-out passkey books, and the loss on as many blocks of held-out text.
@@ -120,13 +146,9 @@ def evaluate(model: nn.Module, tokenizer: Any, *, seed: int = HELD_OUT,
     Deterministic for a given `seed`. Raises `ValueError` for settings that cannot work, and
     `FloatingPointError` for a model whose loss is not finite."""
     if not isinstance(model, nn.Module): raise TypeError(f"model: expected a model, got {model!r}")
-    # books and text that training does not read
     config = EvaluateConfig.make(settings)
     seed = whole_number("seed", seed, low=0)
-    books = Passkeys(tokenizer, open_source(config, seed=seed, held_out=True), config.length,
-                     keys=config.keys, words_per_key=config.words_per_key, seed=seed)
-    plain = open_source(config, seed=seed + 1, held_out=True)
-    blocks = TokenBlocks(tokenizer, plain, config.length)
+    books, blocks = held_out_rows(tokenizer, config, seed)
     # the scores, without dropout
     training = model.training
     model.eval()
