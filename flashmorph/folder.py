@@ -10,15 +10,18 @@ from pathlib import Path
 from .store import NOFOLLOW, Checkpoints, EventLog, read_json, write_aside
 
 # %% auto #0
-__all__ = ['HELD', 'KNOWN', 'alive', 'flock', 'same_file', 'take', 'release', 'locked', 'debris', 'strangers', 'is_run', 'marked',
-           'plain_name', 'Run']
+__all__ = ['HELD', 'KNOWN', 'alive', 'flock', 'same_file', 'holder', 'take', 'release', 'locked', 'debris', 'strangers', 'is_run',
+           'marked', 'plain_name', 'Run']
 
 # %% ../nbs/04_folder.ipynb #4ada0def
 def alive(pid: int) -> bool:
     "Is there a process with this number on this machine?"
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True                     # it belongs to somebody else
     return True
 
 # %% ../nbs/04_folder.ipynb #e4b709fd
@@ -40,6 +43,12 @@ def same_file(descriptor: int, path: Path) -> bool:
     try: return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
     except FileNotFoundError: return False
 
+# %% ../nbs/04_folder.ipynb #3bca98f6
+def holder() -> str:
+    "What a lock file says of the process that holds it: this one."
+    now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}"
+
 # %% ../nbs/04_folder.ipynb #9d98f704
 def take(path: Path) -> int:
     "Lock the file `path`; returns its descriptor. Raises `ValueError` naming who has locked it."
@@ -51,9 +60,8 @@ def take(path: Path) -> int:
         # the holder before may have removed the file between the two calls
         if same_file(descriptor, path): break
         os.close(descriptor)
-    now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
     os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
+    os.write(descriptor, holder().encode())
     return descriptor
 
 # %% ../nbs/04_folder.ipynb #c31d3ea8
@@ -86,22 +94,22 @@ def locked(path: Path) -> Iterator[None]:
         release(descriptor, path)
 
 # %% ../nbs/04_folder.ipynb #983eb44b
+def debris(folder: Path) -> list[Path]:
+    "What killed processes left half written in a folder."
+    return [path for path in folder.glob(".*.partial") if path.is_symlink() or not path.is_dir()]
+
+# %% ../nbs/04_folder.ipynb #7d2b543d
 KNOWN = (
     "run.json", "recipe.toml", "log.jsonl", "checkpoints", "gates.json", "selection.json",
     "results.json", "report.html", "hybrid", "teacher", ".lock",
 )
 
 
-def debris(folder: Path) -> list[Path]:
-    "What killed processes left half written in a folder."
-    return [path for path in folder.glob(".*.partial") if path.is_symlink() or not path.is_dir()]
-
-
 def strangers(folder: str | os.PathLike) -> list[str]:
     "What lies in a folder and was not written by this library, sorted."
     there = {path.name for path in Path(folder).iterdir()}
-    ours = {*KNOWN, *(path.name for path in debris(Path(folder)))}
-    return sorted(there - ours)
+    left = {path.name for path in debris(Path(folder))}
+    return sorted(there - left - {*KNOWN})
 
 # %% ../nbs/04_folder.ipynb #051d3273
 def is_run(folder: str | os.PathLike) -> bool:
@@ -121,7 +129,7 @@ def marked(marker: Path) -> str:
         write_aside(marker, lambda p: p.write_text(content + "\n"))
     return str(read_json(marker, "the marker of a run").get("id"))
 
-
+# %% ../nbs/04_folder.ipynb #65dcc9b4
 def plain_name(name: str) -> str:
     "`name`, if it can be the name of a stage and of a folder; else `ValueError`."
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
@@ -147,7 +155,8 @@ class Run(os.PathLike):
         path = self.folder.joinpath(*names)
         inside = path.is_relative_to(self.folder)
         below = path.parts[len(self.folder.parts):]
-        if not inside or ".." in below or not path.resolve().is_relative_to(self.folder.resolve()):
+        stays = path.resolve().is_relative_to(self.folder.resolve())
+        if not inside or ".." in below or not stays:
             raise ValueError(f"{'/'.join(names)!r} leads out of the run {self.folder}")
         return path
 

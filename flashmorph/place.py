@@ -12,19 +12,23 @@ from safetensors import SafetensorError
 from .folder import Run, strangers
 
 # %% auto #0
-__all__ = ['LEFT', 'aside_of', 'same_files', 'take_place', 'put_back', 'save_hybrid', 'is_free', 'check_replaceable',
-           'check_place', 'old_runs', 'move_aside', 'check_resumable']
+__all__ = ['LEFT', 'KEPT', 'aside_of', 'same_files', 'take_place', 'put_back', 'save_hybrid', 'is_free', 'check_holds_none',
+           'check_replaceable', 'check_place', 'old_runs', 'move_aside', 'check_resumable']
 
 # %% ../nbs/06_place.ipynb #aef7fe33
 def aside_of(folder: Path, ending: str) -> Path:
     "A name beside `folder` that nobody has guessed."
     return folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.{ending}")
 
+# %% ../nbs/06_place.ipynb #82bfa97c
 def same_files(new: Path, old: Path) -> bool:
     "Does `old` hold every file of `new`, byte for byte?"
     names = sorted(path.name for path in new.iterdir())
-    return old.is_dir() and filecmp.cmpfiles(new, old, names, shallow=False)[0] == names
+    if not old.is_dir(): return False
+    equal, _, _ = filecmp.cmpfiles(new, old, names, shallow=False)
+    return equal == names
 
+# %% ../nbs/06_place.ipynb #2db248d0
 def take_place(new: Path, old: Path) -> None:
     "Put the folder `new` in the place of `old`, with the files that only `old` has."
     if not old.exists():
@@ -34,11 +38,13 @@ def take_place(new: Path, old: Path) -> None:
         if (new / path.name).exists(): continue
         copy = shutil.copytree if path.is_dir() else shutil.copy2
         copy(path, new / path.name)
+    # a kill between the two renames is undone by `put_back`
     aside = aside_of(old, "old")
     old.rename(aside)
     new.rename(old)
     shutil.rmtree(aside)
 
+# %% ../nbs/06_place.ipynb #cae2c75c
 def put_back(folder: Path) -> None:
     "Undo what a kill has left of `take_place`: the old folder comes back, or is deleted."
     for aside in folder.parent.glob(f".{folder.name}.*.old"):
@@ -57,9 +63,10 @@ def save_hybrid(hybrid: Any, tokenizer: Any, run: Run) -> None:
         tokenizer.save_pretrained(aside)
         if not same_files(aside, final): take_place(aside, final)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not save {final}: {error}. The checkpoints are untouched; free some "
-                      "space and resume.") from error
-    finally: shutil.rmtree(aside, ignore_errors=True)
+        advice = "The checkpoints are untouched; free some space and resume."
+        raise OSError(f"could not save {final}: {error}. {advice}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/06_place.ipynb #f4773f3c
 LEFT = re.compile(r"run\.json|\.lock|\..*\.(partial|old)")
@@ -69,27 +76,37 @@ def is_free(folder: Path) -> bool:
     if not folder.exists(): return not folder.is_symlink()
     return folder.is_dir() and all(LEFT.fullmatch(path.name) for path in folder.iterdir())
 
+# %% ../nbs/06_place.ipynb #7ad47dba
+KEPT = "so it will not be deleted; choose another folder"
+
+
+def check_holds_none(folder: Path, paths: Iterable[str]) -> None:
+    "Raise `ValueError` if one of the `paths` leads into `folder`. Relative ones are hub names."
+    inside = folder.resolve()
+    for path in map(Path, paths):
+        if path.is_absolute() and path.resolve().is_relative_to(inside):
+            raise ValueError(f"{folder} holds {path}, {KEPT}")
+
 # %% ../nbs/06_place.ipynb #b35d8947
 def check_replaceable(folder: Path, keep: Iterable[str] = ()) -> None:
     "Raise `ValueError` unless `folder` is a run, and holds none of the paths to `keep`."
-    advice = "so it will not be deleted; choose another folder"
     names = {path.name for path in folder.iterdir()}
-    if folder.is_symlink(): raise ValueError(f"{folder} is a link, {advice}")
+    if folder.is_symlink(): raise ValueError(f"{folder} is a link, {KEPT}")
     if "recipe.toml" not in names or not names & {"run.json", "log.jsonl"}:
-        raise ValueError(f"{folder} does not look like a run (recipe.toml, run.json), {advice}")
+        raise ValueError(f"{folder} does not look like a run (recipe.toml, run.json), {KEPT}")
     others = [name for name in strangers(folder) if not LEFT.fullmatch(name)]
-    if others: raise ValueError(f"{folder} holds more than a run ({', '.join(others)}), {advice}")
-    for path in map(Path, [os.getcwd(), *keep]):
-        if path.is_absolute() and path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder} holds {path}, {advice}")
+    if others:
+        raise ValueError(f"{folder} holds more than a run ({', '.join(others)}), {KEPT}")
+    check_holds_none(folder, [os.getcwd(), *keep])
 
+# %% ../nbs/06_place.ipynb #266f42cd
 def check_place(folder: Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
     "Raise `ValueError` if no run can begin in this folder."
     if is_free(folder): return
     if not folder.is_dir(): raise ValueError(f"{folder} is no folder; choose another place")
     if overwrite: return check_replaceable(folder, keep)
-    raise ValueError(f"{folder} exists and is not empty: resume it, choose another folder, or say "
-                     "overwrite")
+    choices = "resume it, choose another folder, or say overwrite"
+    raise ValueError(f"{folder} exists and is not empty: {choices}")
 
 # %% ../nbs/06_place.ipynb #0efe75e0
 def old_runs(folder: Path) -> list[Path]:
@@ -99,15 +116,18 @@ def old_runs(folder: Path) -> list[Path]:
     if not parent.is_dir(): return []
     return [path for path in parent.iterdir() if name.fullmatch(path.name)]
 
+# %% ../nbs/06_place.ipynb #9e5f9ef9
 def move_aside(folder: Path, keep: Iterable[str] = ()) -> None:
     "Make room for a new run. Raises `ValueError` if the old one is in use, or must stay."
     with Run(folder).lock():
         check_place(folder, True, keep)
         folder.rename(aside_of(folder, "old"))
 
+# %% ../nbs/06_place.ipynb #b3217ddc
 def check_resumable(folder: Path) -> None:
     "Raise `ValueError` if there is no run in a folder."
     if (folder / "recipe.toml").is_file(): return
+    missing = f"nothing to resume in {folder}: expected a run folder with recipe.toml"
     old = old_runs(folder)
     hint = f"; {old[0]} was to be overwritten, and can be renamed" if old else ""
-    raise ValueError(f"nothing to resume in {folder}: expected a run folder with recipe.toml{hint}")
+    raise ValueError(missing + hint)

@@ -13,26 +13,31 @@ from torch import Tensor
 from .store import read_json, write_aside
 
 # %% auto #0
-__all__ = ['whole', 'members', 'check_layers', 'check_budget', 'check_pins', 'check_scores', 'check_origin', 'Selection',
-           'selection_from', 'check_order', 'top_k', 'Ranking']
+__all__ = ['whole', 'members', 'check_layers', 'check_budget', 'check_room', 'check_pins', 'as_score', 'check_scores',
+           'check_origin', 'Selection', 'selection_from', 'check_order', 'top_k', 'Ranking']
 
 # %% ../nbs/01_selection.ipynb #cb73eb5b
 def whole(value: Any, what: str) -> int:
     "`value` as an int, from the integers of any library. Raises `ValueError` for anything else."
     expected = f"{what} should be whole numbers"
+    # the truth values of Python, NumPy and PyTorch
     if "bool" in str(getattr(value, "dtype", type(value).__name__)):
         raise ValueError(f"{expected}, not a yes or no for each layer; got {value!r}")
-    try: return operator.index(value)
-    except TypeError: raise ValueError(f"{expected}, got {value!r}") from None
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{expected}, got {value!r}") from None
 
-
+# %% ../nbs/01_selection.ipynb #64569038
 def members(values: Any, what: str) -> list[Any]:
     "What an iterable, or an object with `.layers`, holds. Raises `ValueError` for anything else."
     given = getattr(values, "layers", values)
     if isinstance(given, (str, bytes, dict)) or not isinstance(given, Iterable):
         raise ValueError(f"{what} should be a list of layer indices, got {given!r}")
-    try: return given.tolist() if isinstance(given, Tensor) else list(given)
-    except TypeError: raise ValueError(f"{what} should be a list, got {given!r}") from None
+    try:
+        return given.tolist() if isinstance(given, Tensor) else list(given)
+    except TypeError:
+        raise ValueError(f"{what} should be a list, got {given!r}") from None
 
 # %% ../nbs/01_selection.ipynb #412e4020
 def check_layers(
@@ -53,7 +58,8 @@ def check_layers(
 # %% ../nbs/01_selection.ipynb #22ddf953
 def check_budget(budget: int, num_layers: int) -> int:
     "The budget K as an int in 0..L; raises `TypeError` or `ValueError` saying what was expected."
-    try: k = whole(budget, "budget")
+    try:
+        k = whole(budget, "budget")
     except ValueError:
         expected = f"expected an integer from 0 to {num_layers}"
         raise TypeError(f"budget: {expected}, got {budget!r}") from None
@@ -62,6 +68,17 @@ def check_budget(budget: int, num_layers: int) -> int:
     return k
 
 # %% ../nbs/01_selection.ipynb #fedeeb0b
+def check_room(full: list[int], linear: list[int], num_layers: int, budget: int) -> None:
+    "Raise `ValueError` if no `budget` layers keep the `full` ones and leave out the `linear` ones."
+    if len(full) > budget:
+        pinned = f"{len(full)} layers are pinned full {full}"
+        raise ValueError(f"pins: {pinned}, but the budget is {budget}: raise it or unpin some")
+    if len(linear) > num_layers - budget:
+        pinned = f"{len(linear)} of {num_layers} layers are pinned linear {linear}"
+        raise ValueError(f"pins: {pinned}, which leaves fewer than the budget of {budget}: "
+                         "lower it or unpin some")
+
+# %% ../nbs/01_selection.ipynb #1b2a88b8
 def check_pins(
     full: Iterable[int], linear: Iterable[int], num_layers: int, budget: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -72,28 +89,29 @@ def check_pins(
     dropped = check_layers(linear, num_layers, "pins")
     both = sorted({*kept} & {*dropped})
     if both: raise ValueError(f"pins: each layer can be pinned once; {both} are pinned twice")
-    if len(kept) > budget:
-        raise ValueError(f"pins: {len(kept)} layers are pinned full {kept}, "
-                         f"but the budget is {budget}: raise it or unpin some")
-    if len(dropped) > num_layers - budget:
-        which = f"{len(dropped)} of {num_layers} layers are pinned linear {dropped}"
-        raise ValueError(f"pins: {which}, which leaves fewer than the budget of {budget}: "
-                         "lower it or unpin some")
+    check_room(kept, dropped, num_layers, budget)
     return tuple(kept), tuple(dropped)
 
 # %% ../nbs/01_selection.ipynb #51786591
+def as_score(value: Any) -> float:
+    "A score as a float, NaN for words and truth values. Raises what `float` raises."
+    return math.nan if isinstance(value, (str, bool)) else float(value)
+
+# %% ../nbs/01_selection.ipynb #89f87d2b
 def check_scores(scores: Any, num_layers: int) -> tuple[float, ...] | None:
     "Scores as a tuple of floats. Raises `ValueError` unless there is a finite one for each layer."
     if scores is None: return None
     given = members(scores, "scores")
-    try: numbers = tuple(math.nan if isinstance(s, (str, bool)) else float(s) for s in given)
-    except (TypeError, ValueError, OverflowError): numbers = (math.nan,)
+    try:
+        numbers = tuple(map(as_score, given))
+    except (TypeError, ValueError, OverflowError):
+        numbers = (math.nan,)
     if len(numbers) != num_layers or not all(map(math.isfinite, numbers)):
         expected = f"expected {num_layers} finite numbers, one per layer"
         raise ValueError(f"scores: {expected}, got {given}")
     return numbers
 
-
+# %% ../nbs/01_selection.ipynb #ca697cba
 def check_origin(method: Any, digest: Any) -> None:
     "Raise `ValueError` unless both are names."
     if not isinstance(method, str) or not method:

@@ -12,8 +12,8 @@ from .store import nearest
 
 # %% auto #0
 __all__ = ['PLAIN', 'MANY', 'WORDS', 'F', 'is_bool', 'as_int', 'as_float', 'as_bool', 'as_str', 'is_union', 'converted',
-           'first_of', 'as_tuple', 'Rule', 'setting', 'expected_list', 'expected', 'UnknownSetting', 'Settings',
-           'takes']
+           'first_of', 'as_tuple', 'Rule', 'setting', 'expected_choice', 'expected_list', 'expected', 'checked',
+           'UnknownSetting', 'Settings', 'takes']
 
 # %% ../nbs/03_settings.ipynb #52087aad
 def is_bool(value: Any) -> bool:
@@ -122,6 +122,12 @@ def setting(default: Any = MISSING, *, factory: Any = MISSING, **bounds: Any) ->
     `factory` makes the default of a field that is itself `Settings`."""
     return field(default=default, default_factory=factory, metadata={"rule": Rule(**bounds)})
 
+# %% ../nbs/03_settings.ipynb #db6f4f92
+def expected_choice(choices: tuple[Any, ...]) -> str:
+    "What a setting should be that has `choices`, in words."
+    words = ["nothing" if choice is None else repr(choice) for choice in choices]
+    return "one of " + ", ".join(words)
+
 # %% ../nbs/03_settings.ipynb #d4f4d954
 MANY = {int: "integers", float: "numbers", str: "strings"}
 
@@ -138,9 +144,7 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a st
 
 def expected(kind: Any, rule: Rule) -> str:
     "What a setting should be, in words: `an integer >= 1 or nothing`."
-    if rule.choices is not None:
-        words = ["nothing" if choice is None else repr(choice) for choice in rule.choices]
-        return "one of " + ", ".join(words)
+    if rule.choices is not None: return expected_choice(rule.choices)
     if kind is types.NoneType: return "nothing"
     kinds = typing.get_args(kind)
     if is_union(kind): return " or ".join(expected(one, rule) for one in kinds)
@@ -148,6 +152,16 @@ def expected(kind: Any, rule: Rule) -> str:
     # a single value; only numbers have bounds
     if kind in (int, float): return f"{WORDS[kind]} {rule.words()}".strip()
     return WORDS.get(kind) or str(getattr(kind, "__name__", kind))
+
+# %% ../nbs/03_settings.ipynb #b551f613
+def checked(name: str, given: Any, kind: Any, rule: Rule) -> Any:
+    "`given` as the annotated `kind`. Raises `ValueError` with the `name` of the setting."
+    try:
+        value = converted(given, kind)
+        if isinstance(value, Settings) or rule.allows(value): return value
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: expected {expected(kind, rule)}, got {given!r}")
 
 # %% ../nbs/03_settings.ipynb #59e76e1c
 class UnknownSetting(KeyError):
@@ -167,14 +181,7 @@ class Settings:
         for f in fields(self):  # type: ignore[arg-type]
             rule: Rule = f.metadata.get("rule", Rule())
             given = getattr(self, f.name)
-            try:
-                value = converted(given, kinds[f.name])
-                fits = isinstance(value, Settings) or rule.allows(value)
-            except TypeError:
-                fits = False
-            if not fits:
-                words = expected(kinds[f.name], rule)
-                raise ValueError(f"{self.full_name(f.name)}: expected {words}, got {given!r}")
+            value = checked(self.full_name(f.name), given, kinds[f.name], rule)
             object.__setattr__(self, f.name, value)
         self.check()
 

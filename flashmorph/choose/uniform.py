@@ -19,6 +19,6 @@ def uniform(num_layers: int, budget: int, align: str = "end") -> Selection:
     k = check_budget(budget, count)
     if align not in ("end", "start"):
         raise ValueError(f"align: expected 'end' or 'start', got {align!r}")
+    layers = [i * count // k for i in range(k)]
     if align == "end": layers = [(i + 1) * count // k - 1 for i in range(k)]
-    else: layers = [i * count // k for i in range(k)]
     return Selection(tuple(layers), count, "uniform")
