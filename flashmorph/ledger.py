@@ -5,14 +5,16 @@
 # %% ../nbs/05_ledger.ipynb #4184e4fa
 from __future__ import annotations
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 import torch
 from .folder import Run
+from .selection import Selection
 from .store import read_json, write_aside
 
 # %% auto #0
-__all__ = ['Facts', 'differences', 'would_be_again', 'Ledger', 'read_scores', 'check_finite']
+__all__ = ['Facts', 'differences', 'would_be_again', 'Ledger', 'check_choice', 'chosen', 'scores_in', 'read_scores',
+           'check_finite', 'check_finished', 'is_finished', 'adopt']
 
 # %% ../nbs/05_ledger.ipynb #419d289f
 Facts = dict[str, Any]
@@ -21,9 +23,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What changed between two sets of facts, in words; empty if nothing did.
 
     A fact in only one of the sets is a setting of a later edition, and no change."""
-    names = [name for name in then if name in now and then[name] != now[name]]
+    shared = [name for name in then if name in now]
+    names = [name for name in shared if then[name] != now[name]]
+    # a message of four changes is long enough
     said = [f"{name}: {then[name]!r} then, {now[name]!r} now" for name in names[:4]]
-    return "; ".join(said) + (" ..." if len(names) > 4 else "")
+    more = " ..." if len(names) > 4 else ""
+    return "; ".join(said) + more
 
 # %% ../nbs/05_ledger.ipynb #501c17ce
 def would_be_again(run: Run, stage: str, changes: str) -> str:
@@ -53,7 +58,8 @@ class Ledger:
     def check(self, stage: str, facts: Facts) -> None:
         "Raise `ValueError` if a stage has begun with other facts."
         changes = differences(self.stages.get(stage, {}), facts)
-        if changes and self.begun(stage): raise ValueError(would_be_again(self.run, stage, changes))
+        if changes and self.begun(stage):
+            raise ValueError(would_be_again(self.run, stage, changes))
 
     def begin(self, stage: str, facts: Facts) -> None:
         "Check the facts of a stage, and record them before the stage is run."
@@ -62,24 +68,86 @@ class Ledger:
         self.stages[stage] = facts
         self.write()
 
+# %% ../nbs/05_ledger.ipynb #b80fabd9
+def check_choice(there: Selection, ours: Selection, run: Run) -> Selection:
+    "A selection made by hand, if it has the size of `ours`; else `ValueError`."
+    if (there.num_layers, there.budget) != (ours.num_layers, ours.budget):
+        raise ValueError(
+            f"{run.path('selection.json')} keeps {there.budget} of {there.num_layers} layers, "
+            f"the recipe {ours.budget} of {ours.num_layers}: resume with budget = "
+            f"{there.budget}, or delete the file to let the gates choose")
+    return there
+
+# %% ../nbs/05_ledger.ipynb #99828686
+def chosen(ours: Selection, ledger: Ledger) -> Selection:
+    "The layers to keep: `ours`, or as `selection.json` says if somebody has changed it."
+    run = ledger.run
+    if run.path("selection.json").exists():
+        there = Selection.load(run.folder)
+        if there == ours: return ours
+        # a selection of the run's own may be replaced, a choice of somebody not
+        if {"layers": list(there.layers)} != ledger.stages.get("selection"):
+            return check_choice(there, ours, run)
+    ledger.stages["selection"] = {"layers": list(ours.layers)}
+    ledger.write()
+    ours.save(run.folder)
+    return ours
+
 # %% ../nbs/05_ledger.ipynb #f37528ce
+def scores_in(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    "The stages in the content of `results.json`, with their scores and seconds."
+    taken = results.get("seconds") or {}
+    models = results.get("models") or {}
+    for name, model in dict(models).items():
+        # beside the scores stand numbers of the model: parameters, bytes
+        for when, value in model.items():
+            if not isinstance(value, dict): continue
+            stage = f"evaluate-{name}-{when}"
+            yield stage, {"evaluation": value, "seconds": taken.get(stage, 0.0)}
+
+# %% ../nbs/05_ledger.ipynb #c0c841f3
 def read_scores(run: Run) -> dict[str, dict[str, Any]]:
     "What a run has measured: `{stage: {\"evaluation\": ..., \"seconds\": ...}}`."
     found = {event["stage"]: event for event in run.log if "evaluation" in event}
     path = run.path("results.json")
-    if not path.is_file(): return found
-    record = read_json(path, "results of a run")
-    taken = record.get("seconds") or {}
-    for name, model in dict(record.get("models") or {}).items():
-        for when in [key for key, value in model.items() if isinstance(value, dict)]:
-            stage = f"evaluate-{name}-{when}"
-            found[stage] = {"evaluation": model[when], "seconds": taken.get(stage, 0.0)}
+    if path.is_file(): found.update(scores_in(read_json(path, "results of a run")))
     return found
 
 # %% ../nbs/05_ledger.ipynb #34f0ba77
 def check_finite(what: str, numbers: Mapping[str, Any]) -> None:
     "Raise `FloatingPointError` if a number or tensor is not finite."
-    bad = [name for name, x in numbers.items() if not bool(torch.as_tensor(x).isfinite().all())]
+    finite = {name: torch.as_tensor(x).isfinite().all() for name, x in numbers.items()}
+    bad = [name for name in numbers if not finite[name]]
     if bad:
-        raise FloatingPointError(f"{what}: {len(bad)} of {len(numbers)} are not finite ({bad[0]}, "
-                                 "...). Lower the lr of the stage before, in another run.")
+        count = f"{len(bad)} of {len(numbers)} are not finite ({bad[0]}, ...)"
+        advice = "Lower the lr of the stage before, in another run."
+        raise FloatingPointError(f"{what}: {count}. {advice}")
+
+# %% ../nbs/05_ledger.ipynb #b792d261
+def check_finished(run: Run) -> None:
+    "Raise `ValueError` if a finished run has lost what cannot be made again."
+    for name in ("results.json", "hybrid"):
+        if run.path(name).exists(): continue
+        raise ValueError(f"run {run.folder} is finished, but its {name} is gone, and its "
+                         "checkpoints are deleted: start another run")
+
+# %% ../nbs/05_ledger.ipynb #a858f3aa
+def is_finished(run: Run, recipe: Facts) -> bool:
+    "Is the run finished, with the same `recipe`? Raises `ValueError` for another recipe."
+    marker = run.path("run.json")
+    if not marker.exists(): return False
+    record = read_json(marker, "the marker of a run")
+    if not record.get("finished"): return False
+    changes = differences(record.get("recipe") or {}, recipe)
+    if changes:
+        raise ValueError(f"run {run.folder} is finished, with another recipe ({changes}): start "
+                         "another run")
+    check_finished(run)
+    return True
+
+# %% ../nbs/05_ledger.ipynb #c4c6aedd
+def adopt(run: Run, facts: Mapping[str, Facts]) -> None:
+    "Record the `facts` of the stages that have begun in a run of the first edition."
+    ledger = Ledger(run, read_scores(run))
+    ledger.stages = {stage: facts[stage] for stage in facts if ledger.begun(stage)}
+    ledger.write()

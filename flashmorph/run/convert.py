@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from torch import nn
-from ..choose.gates import GateRun, train_gates
+from ..choose.gates import train_gates
 from ..choose.uniform import uniform
 from ..folder import Run
-from ..ledger import Ledger, check_finite, differences, read_scores
+from ..ledger import Ledger, adopt, check_finite, chosen, is_finished, read_scores
 from ..measure.cost import cost
 from ..measure.evaluate import evaluate
 from ..model.hybrid import HybridForCausalLM
@@ -35,15 +35,18 @@ from ..train.distill import distill, finetune
 from ..train.fit import Callback
 
 # %% auto #0
-__all__ = ['Conversion', 'measured', 'model_results', 'results_of', 'write_results', 'chosen', 'check_choice', 'search', 'repair',
-           'finish', 'finished_results', 'run_stages', 'start', 'adopt', 'go_on', 'convert']
+__all__ = ['DONE', 'Conversion', 'measured', 'scores_of', 'model_results', 'choice_results', 'results_of', 'write_results',
+           'search', 'improve', 'repair', 'finished_results', 'sets_of', 'finish', 'run_stages', 'start', 'go_on',
+           'convert']
 
 # %% ../../nbs/82_run.convert.ipynb #c6ee6a6b
 class Conversion:
     "A recipe under way in a run: its materials, what is recorded, and how stages are called."
-    def __init__(self, materials: Materials, run: Run, say: Callable[[str], None],
-                 options: dict[str, Any]):
-        self.materials, self.recipe = materials, materials.recipe
+    def __init__(
+        self, materials: Materials, run: Run, say: Callable[[str], None], options: dict[str, Any]
+    ):
+        self.materials = materials
+        self.recipe = materials.recipe
         self.run = run
         self.say = say
         self.options = options                          # of every training: callbacks, progress
@@ -59,11 +62,14 @@ class Conversion:
         facts = {**self.facts[stage], **more}
         self.ledger.begin(stage, facts)
         self.run.check_intact()
-        settings = replace(getattr(self.recipe, stage.split("-")[0]), seed=self.recipe.seed)
+        # the settings of `distill-uniform` are those of the table `distill`
+        table = stage.split("-")[0]
+        settings = replace(self.recipe[table], seed=self.recipe.seed)
         digest = short_hash(json.dumps(facts, sort_keys=True))
-        result = function(*inputs, settings, run=self.run, resume=True, stage=stage,
-                          facts={"facts": digest}, **self.options)
-        self.seconds[stage] = getattr(result, "seconds", None) or result.settings["seconds"]
+        known = {"stage": stage, "facts": {"facts": digest}}
+        result = function(*inputs, settings, run=self.run, resume=True, **known, **self.options)
+        seconds = getattr(result, "seconds", None)
+        self.seconds[stage] = seconds or result.settings["seconds"]
         return result
 
     def evaluate(self, model: nn.Module, name: str, when: str, layers: list[int]) -> None:
@@ -83,68 +89,62 @@ def measured(work: Conversion, model: nn.Module, what: str) -> dict[str, Any]:
     settings = asdict(work.recipe.evaluate)
     scores = asdict(evaluate(model, work.materials.tokenizer, **settings))
     check_finite(what, scores)
-    return {"evaluation": scores, "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    return {"evaluation": scores, "seconds": seconds}
 
 # %% ../../nbs/82_run.convert.ipynb #9989b5d0
-def model_results(work: Conversion, name: str, layers: Iterable[int]) -> dict[str, Any]:
-    "The scores of one model so far, and what the model costs."
-    materials = work.materials
+def scores_of(work: Conversion, name: str) -> dict[str, Any]:
+    "The scores of one model so far, by what was done to the model before."
     stages = {when: f"evaluate-{name}-{when}" for when in ("zero_shot", "distilled", "finetuned")}
     known = work.scores.keys() & work.facts.keys()
-    scores = {when: work.scores[s]["evaluation"] for when, s in stages.items() if s in known}
-    count = cost(materials.teacher.config, list(layers), context=work.recipe.passkeys.length,
-                 mixer=work.recipe.mixer, dtype=materials.teacher.dtype)
-    return {**scores, "parameters": count.parameters, "cache_bytes": count.cache_bytes}
+    return {when: work.scores[s]["evaluation"] for when, s in stages.items() if s in known}
 
+# %% ../../nbs/82_run.convert.ipynb #7bcee48f
+def model_results(work: Conversion, name: str, layers: Iterable[int]) -> dict[str, Any]:
+    "The scores of one model so far, and what the model costs."
+    teacher = work.materials.teacher
+    context = work.recipe.passkeys.length
+    options = {"mixer": work.recipe.mixer, "dtype": teacher.dtype}
+    count = cost(teacher.config, list(layers), context=context, **options)
+    costs = {"parameters": count.parameters, "cache_bytes": count.cache_bytes}
+    return {**scores_of(work, name), **costs}
+
+# %% ../../nbs/82_run.convert.ipynb #a4f155cd
+def choice_results(work: Conversion) -> dict[str, Any]:
+    "What `results.json` holds of the layers that each hybrid keeps."
+    selection = Selection.load(work.run.folder)
+    return {
+        "budget": work.materials.budget,
+        "layers": work.sets["flashmorph"],
+        "num_layers": work.materials.num_layers,
+        "selection": {"budget": selection.budget, **asdict(selection)},
+        "selections": work.sets,
+    }
+
+# %% ../../nbs/82_run.convert.ipynb #a0573f21
 def results_of(work: Conversion) -> dict[str, Any]:
     "What `results.json` holds: so far, all that was asked for and measured."
-    materials = work.materials
-    sets = {"teacher": list(range(materials.num_layers)), **work.sets}
+    recipe = work.recipe
+    sets = {"teacher": list(range(work.materials.num_layers)), **work.sets}
     models = {name: model_results(work, name, layers) for name, layers in sets.items()}
-    selection = Selection.load(work.run.folder)
     # also what an earlier process has measured
     taken = {s: work.scores[s]["seconds"] for s in work.facts if s in work.scores}
     return {
-        "budget": materials.budget, "layers": work.sets["flashmorph"],
-        "num_layers": materials.num_layers,
-        "selection": {"budget": selection.budget, **asdict(selection)}, "selections": work.sets,
-        "teacher": work.recipe.teacher, "mixer": work.recipe.mixer,
-        "context": work.recipe.passkeys.length, "seconds": {**work.seconds, **taken},
+        **choice_results(work),
+        "teacher": recipe.teacher,
+        "mixer": recipe.mixer,
+        "context": recipe.passkeys.length,
+        "seconds": {**work.seconds, **taken},
         "models": {name: found for name, found in models.items() if "zero_shot" in found},
     }
 
+# %% ../../nbs/82_run.convert.ipynb #f0637c47
 def write_results(work: Conversion) -> dict[str, Any]:
     "Write what is known so far to `results.json`."
     work.run.check_intact()
     written = json.dumps(results_of(work), indent=1)
     write_aside(work.run.path("results.json"), lambda path: path.write_text(written))
     return json.loads(written)
-
-# %% ../../nbs/82_run.convert.ipynb #fcc00eba
-def chosen(gates: GateRun, work: Conversion) -> Selection:
-    "The layers to keep: by the gates, or as `selection.json` says if somebody has changed it."
-    ours = gates.select(work.materials.budget)
-    if work.run.path("selection.json").exists():
-        there = Selection.load(work.run.folder)
-        if there == ours: return ours
-        # a selection for an earlier budget may be replaced, a choice of somebody not
-        if {"layers": list(there.layers)} != work.ledger.stages.get("selection"):
-            return check_choice(there, work)
-    work.ledger.stages["selection"] = {"layers": list(ours.layers)}
-    work.ledger.write()
-    ours.save(work.run.folder)
-    return ours
-
-def check_choice(there: Selection, work: Conversion) -> Selection:
-    "A selection made by hand, if the run can use it; else `ValueError`."
-    materials = work.materials
-    if (there.num_layers, there.budget) != (materials.num_layers, materials.budget):
-        raise ValueError(
-            f"{work.run.path('selection.json')} keeps {there.budget} of {there.num_layers} layers, "
-            f"the recipe {materials.budget} of {materials.num_layers}: resume with budget = "
-            f"{there.budget}, or delete the file to let the gates choose")
-    work.say(f"keep the layers of selection.json: {list(there.layers)}")
-    return there
 
 # %% ../../nbs/82_run.convert.ipynb #e4c38b9b
 def search(work: Conversion) -> tuple[MorphableModel, Selection]:
@@ -155,31 +155,59 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     work.train("align", align, model, materials.rows(work.recipe.seed))
     work.say("train the gates")
     gates = work.train("gates", train_gates, model, materials.books(work.recipe.seed))
-    selection = chosen(gates, work)
+    # what the gates choose, unless somebody has chosen otherwise
+    ours = gates.select(materials.budget)
+    selection = chosen(ours, work.ledger)
+    if selection is not ours:
+        work.say(f"keep the layers of selection.json: {list(selection.layers)}")
     model.gates = 1.0
     return model, selection
 
 # %% ../../nbs/82_run.convert.ipynb #2a274e39
+DONE = {"distill": "distilled", "finetune": "finetuned"}
+
+def improve(
+    work: Conversion, hybrid: HybridForCausalLM, name: str, verb: str, function: Callable,
+    *inputs: Any,
+) -> None:
+    "Train the hybrid `name` by the `function` of stage 3 or 4, called `verb`, and evaluate."
+    layers = work.sets[name]
+    work.say(f"{verb} {name}")
+    work.train(f"{verb}-{name}", function, hybrid, *inputs, layers=layers)
+    check_finite(f"{name} after {verb}", dict(hybrid.named_parameters()))
+    work.evaluate(hybrid, name, DONE[verb], layers)
+
+# %% ../../nbs/82_run.convert.ipynb #fd843d35
 def repair(work: Conversion, model: MorphableModel, name: str) -> HybridForCausalLM:
     "Commit, then stages 3 and 4, with an evaluation before and after each."
     recipe = work.recipe
+    materials = work.materials
     layers = work.sets[name]
     hybrid = model.commit(layers, full_rope=recipe.full_rope, logit_scale=recipe.logit_scale)
     work.evaluate(hybrid, name, "zero_shot", layers)
     if recipe.distill.steps:
-        work.say(f"distill {name}")
-        rows = work.materials.rows(recipe.seed + 1)
-        teacher = work.materials.teacher
-        work.train(f"distill-{name}", distill, hybrid, teacher, rows, layers=layers)
-        check_finite(f"{name} after distill", dict(hybrid.named_parameters()))
-        work.evaluate(hybrid, name, "distilled", layers)
+        rows = materials.rows(recipe.seed + 1)
+        improve(work, hybrid, name, "distill", distill, materials.teacher, rows)
     if recipe.finetune.steps:
-        work.say(f"finetune {name}")
-        books = work.materials.books(recipe.seed + 2)
-        work.train(f"finetune-{name}", finetune, hybrid, books, layers=layers)
-        check_finite(f"{name} after finetune", dict(hybrid.named_parameters()))
-        work.evaluate(hybrid, name, "finetuned", layers)
+        books = materials.books(recipe.seed + 2)
+        improve(work, hybrid, name, "finetune", finetune, books)
     return hybrid
+
+# %% ../../nbs/82_run.convert.ipynb #8fcf8e5e
+def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
+    "The results of a run, `None` if it is not finished. Raises `ValueError` for another recipe."
+    if not is_finished(run, recipe_facts(recipe)): return None
+    # a kill may have come between
+    shutil.rmtree(run.path("checkpoints"), ignore_errors=True)
+    if not run.path("report.html").exists(): write_report(run.folder)
+    return read_json(run.path("results.json"), "results of a run")
+
+# %% ../../nbs/82_run.convert.ipynb #aa852d6d
+def sets_of(work: Conversion, selection: Selection) -> dict[str, list[int]]:
+    "The layers that each hybrid keeps: our `selection`, and what is compared."
+    spaced = list(uniform(work.materials.num_layers, work.materials.budget).layers)
+    sets = {"flashmorph": list(selection.layers), "all_linear": [], "uniform": spaced}
+    return {name: sets[name] for name in ("flashmorph", *work.recipe.compare)}
 
 # %% ../../nbs/82_run.convert.ipynb #d936ace6
 def finish(work: Conversion) -> dict[str, Any]:
@@ -190,31 +218,12 @@ def finish(work: Conversion) -> dict[str, Any]:
     shutil.rmtree(work.run.path("checkpoints"), ignore_errors=True)
     return results
 
-def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
-    "The results of a run, `None` if it is not finished. Raises `ValueError` for another recipe."
-    marker = run.path("run.json")
-    record = read_json(marker, "the marker of a run") if marker.exists() else {}
-    if not record.get("finished"): return None
-    if changes := differences(record.get("recipe") or {}, recipe_facts(recipe)):
-        raise ValueError(f"run {run.folder} is finished, with another recipe ({changes}): start "
-                         "another run")
-    for name in ("results.json", "hybrid"):
-        if not run.path(name).exists():
-            raise ValueError(f"run {run.folder} is finished, but its {name} is gone, and its "
-                             "checkpoints are deleted: start another run")
-    # a kill may have come between
-    shutil.rmtree(run.path("checkpoints"), ignore_errors=True)
-    if not run.path("report.html").exists(): write_report(run.folder)
-    return read_json(run.path("results.json"), "results of a run")
-
-# %% ../../nbs/82_run.convert.ipynb #aa852d6d
+# %% ../../nbs/82_run.convert.ipynb #43b9697a
 def run_stages(work: Conversion) -> dict[str, Any]:
     "All stages of a conversion; its results."
     materials = work.materials
     model, selection = search(work)
-    sets = {"flashmorph": list(selection.layers), "all_linear": [],
-            "uniform": list(uniform(materials.num_layers, materials.budget).layers)}
-    work.sets = {name: sets[name] for name in ("flashmorph", *work.recipe.compare)}
+    work.sets = sets_of(work, selection)
     work.evaluate(materials.teacher, "teacher", "zero_shot", list(range(materials.num_layers)))
     for name in work.sets:
         hybrid = repair(work, model, name)
@@ -240,14 +249,7 @@ def start(
         for path in old_runs(run.folder): shutil.rmtree(path, ignore_errors=True)
         return run_stages(Conversion(materials, run, say, options))
 
-# %% ../../nbs/82_run.convert.ipynb #7dbb08b7
-def adopt(run: Run, materials: Materials) -> None:
-    "Record the facts of a run of the first edition, which kept a recipe and no facts."
-    ledger = Ledger(run, read_scores(run))
-    facts = stage_facts(materials)
-    ledger.stages = {stage: facts[stage] for stage in facts if ledger.begun(stage)}
-    ledger.write()
-
+# %% ../../nbs/82_run.convert.ipynb #fb1735b9
 def go_on(
     run: Run, recipe: Recipe | None, say: Callable[[str], None], options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -263,7 +265,9 @@ def go_on(
     # facts first: the recipe is written only if the run can go on with it
     first_edition = not run.path("run.json").exists()
     run.start()
-    if first_edition: adopt(run, materials if recipe == stored else Materials(stored))
+    if first_edition:
+        then = materials if recipe == stored else Materials(stored)
+        adopt(run, stage_facts(then))
     work = Conversion(materials, run, say, options)
     if recipe != stored: save_recipe(recipe, run.path("recipe.toml"))
     return run_stages(work)

@@ -22,8 +22,8 @@ from ..selection import check_budget
 from ..store import checksum
 
 # %% auto #0
-__all__ = ['Materials', 'check_lengths', 'streams', 'check_materials', 'short_hash', 'model_fingerprint', 'table_facts',
-           'recipe_facts', 'searched_facts', 'repaired_facts', 'stage_facts']
+__all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'short_hash', 'model_fingerprint',
+           'table_facts', 'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'stage_facts']
 
 # %% ../../nbs/81_run.materials.ipynb #f1406d86
 class Materials:
@@ -58,10 +58,21 @@ def check_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
     """Raise `ValueError` if rows are longer than the teacher can read.
 
     Evaluations may be longer where the hybrid has lost its rotary embedding on purpose."""
-    for name in ("text", "passkeys", *(["evaluate"] if recipe.full_rope else [])):
-        check_length(teacher.config, getattr(recipe, name).length, f"{name}.length")
+    names = ["text", "passkeys"]
+    if recipe.full_rope: names.append("evaluate")
+    for name in names:
+        check_length(teacher.config, recipe[name]["length"], f"{name}.length")
 
 # %% ../../nbs/81_run.materials.ipynb #3edfb2e5
+def evaluated_streams(materials: Materials) -> Iterator[Any]:
+    "The books and the text that a recipe evaluates on."
+    settings = materials.recipe.evaluate
+    source = {name: settings[name] for name in SourceConfig.setting_names()}
+    sizes = {name: settings[name] for name in SIZES}
+    yield passkeys(materials.tokenizer, **source, **sizes)
+    yield text(materials.tokenizer, **source, length=settings.length)
+
+# %% ../../nbs/81_run.materials.ipynb #1783310f
 def streams(materials: Materials) -> Iterator[Any]:
     "Everything that the stages of a recipe will read."
     recipe = materials.recipe
@@ -69,13 +80,9 @@ def streams(materials: Materials) -> Iterator[Any]:
     yield materials.books(recipe.seed)
     # a row of the mixture may be text, so books of its length are tried too
     if recipe.text.passkeys: yield materials.books(recipe.seed, recipe.text.length)
+    yield from evaluated_streams(materials)
 
-    settings = asdict(recipe.evaluate)
-    source = {name: settings[name] for name in SourceConfig.setting_names()}
-    sizes = {name: settings[name] for name in SIZES}
-    yield passkeys(materials.tokenizer, **source, **sizes)
-    yield text(materials.tokenizer, **source, length=recipe.evaluate.length)
-
+# %% ../../nbs/81_run.materials.ipynb #f9bc7c61
 def check_materials(materials: Materials) -> None:
     "Raise the error of a later stage now. What is read is a row of each stream."
     recipe = materials.recipe
@@ -86,14 +93,19 @@ def check_materials(materials: Materials) -> None:
     for stream in streams(materials): next(iter(stream))
 
 # %% ../../nbs/81_run.materials.ipynb #3d9f3eb8
-def short_hash(*texts: str) -> str: return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+def short_hash(*texts: str) -> str:
+    "The first 16 hexadecimal digits of the SHA-256 of all texts together."
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
+# %% ../../nbs/81_run.materials.ipynb #bbb12022
 def model_fingerprint(model: PreTrainedModel) -> str:
     "A short hash of the weights of a model and of its configuration."
     weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     config = model.config.to_diff_dict()
+    # where a model lies, and which library wrote it, changes nothing
     for name in ("_name_or_path", "transformers_version"): config.pop(name, None)
-    return short_hash(checksum(weights), json.dumps(config, sort_keys=True, default=str))
+    written = json.dumps(config, sort_keys=True, default=str)
+    return short_hash(checksum(weights), written)
 
 # %% ../../nbs/81_run.materials.ipynb #00d267da
 def table_facts(recipe: Recipe, *names: str) -> Facts:
@@ -101,30 +113,37 @@ def table_facts(recipe: Recipe, *names: str) -> Facts:
     ignored = ("seed", "source", "save_every", "keep")
     facts: Facts = {}
     for name in names:
-        settings = asdict(getattr(recipe, name))
+        settings = asdict(recipe[name])
         facts.update({f"{name}.{key}": v for key, v in settings.items() if key not in ignored})
     return facts
 
+# %% ../../nbs/81_run.materials.ipynb #7ed3bfb2
 def recipe_facts(recipe: Recipe) -> Facts:
-    "All values of a recipe by name, but for paths."
-    tops = {k: v for k, v in vars(recipe).items() if k not in (*TABLES, "teacher")}
-    return json.loads(json.dumps({**tops, **table_facts(recipe, *TABLES)}))
+    "All values of a recipe by name, but for paths, as JSON would give them back."
+    tops = {name: value for name, value in vars(recipe).items() if name not in (*TABLES, "teacher")}
+    facts = {**tops, **table_facts(recipe, *TABLES)}
+    return json.loads(json.dumps(facts))
 
 # %% ../../nbs/81_run.materials.ipynb #fafeaeaa
-def searched_facts(materials: Materials) -> tuple[Facts, Facts]:
-    "The facts of stages 1 and 2."
+def aligned_facts(materials: Materials) -> Facts:
+    "The facts of stage 1."
     recipe = materials.recipe
     mixed = ["passkeys"] if recipe.text.passkeys else []
-    aligned = {
-        "mixer": recipe.mixer, "seed": recipe.seed,
+    return {
+        "mixer": recipe.mixer,
+        "seed": recipe.seed,
         **table_facts(recipe, "text", *mixed, "align"),
         "the teacher's weights": model_fingerprint(materials.teacher),
         "the tokenizer": tokenizer_fingerprint(materials.tokenizer),
         "the text": fingerprint(materials.rows(recipe.seed)),
     }
+
+# %% ../../nbs/81_run.materials.ipynb #45261749
+def gated_facts(materials: Materials) -> Facts:
+    "The facts of stage 2, which those of stage 1 are added to."
+    recipe = materials.recipe
     books = fingerprint(materials.books(recipe.seed))
-    gated = {**table_facts(recipe, "passkeys", "gates"), "the books": books}
-    return aligned, {**aligned, **gated}
+    return {**table_facts(recipe, "passkeys", "gates"), "the books": books}
 
 # %% ../../nbs/81_run.materials.ipynb #2ea37c9a
 def repaired_facts(recipe: Recipe, name: str, facts: Facts) -> Iterator[tuple[str, Facts]]:
@@ -140,18 +159,27 @@ def repaired_facts(recipe: Recipe, name: str, facts: Facts) -> Iterator[tuple[st
         yield f"finetune-{name}", facts
         yield f"evaluate-{name}-finetuned", {**facts, **scored}
 
+# %% ../../nbs/81_run.materials.ipynb #5f0eba13
+def made_facts(materials: Materials, name: str, aligned: Facts, gated: Facts) -> Facts:
+    "The facts of how the hybrid `name` is made. Only ours depends on the gates."
+    recipe = materials.recipe
+    facts = {**aligned, **gated} if name == "flashmorph" else dict(aligned)
+    facts |= {"full_rope": recipe.full_rope, "logit_scale": recipe.logit_scale}
+    if name != "all_linear": facts["budget"] = materials.budget
+    return facts
+
+# %% ../../nbs/81_run.materials.ipynb #cbc421fb
 def stage_facts(materials: Materials) -> dict[str, Facts]:
     "The facts of every stage that a recipe asks for, in order, as JSON would give them back."
     recipe = materials.recipe
-    aligned, gated = searched_facts(materials)
-    known = {name: aligned[name] for name in ("the teacher's weights", "the tokenizer")}
-    stages = {"align": aligned, "gates": gated}
-    stages["evaluate-teacher-zero_shot"] = {**known, **table_facts(recipe, "evaluate")}
+    aligned = aligned_facts(materials)
+    gated = gated_facts(materials)
+    stages = {"align": aligned, "gates": {**aligned, **gated}}
 
-    # the hybrids: only ours depends on the gates
-    options = {"full_rope": recipe.full_rope, "logit_scale": recipe.logit_scale}
+    # scores of the teacher, then of the hybrids
+    known = {name: aligned[name] for name in ("the teacher's weights", "the tokenizer")}
+    stages["evaluate-teacher-zero_shot"] = {**known, **table_facts(recipe, "evaluate")}
     for name in ("flashmorph", *recipe.compare):
-        budget = {} if name == "all_linear" else {"budget": materials.budget}
-        before = gated if name == "flashmorph" else aligned
-        stages.update(repaired_facts(recipe, name, {**before, **options, **budget}))
+        made = made_facts(materials, name, aligned, gated)
+        stages.update(repaired_facts(recipe, name, made))
     return json.loads(json.dumps(stages))

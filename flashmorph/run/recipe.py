@@ -23,40 +23,52 @@ from ..train.align import AlignConfig
 from ..train.distill import DistillConfig, FinetuneConfig
 
 # %% auto #0
-__all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing',
-           'recipe_from_dict', 'changed', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe', 'absolute',
-           'named_paths', 'with_absolute_paths']
+__all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'check_compare', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing',
+           'check_shape', 'recipe_from_dict', 'parsed', 'changed', 'load_recipe', 'toml_values', 'recipe_toml',
+           'save_recipe', 'absolute', 'named_paths', 'with_absolute_source', 'with_absolute_paths']
 
 # %% ../../nbs/80_run.recipe.ipynb #598d9114
 TABLES: dict[str, type[Settings]] = {
-    "text": TextConfig, "passkeys": PasskeysConfig, "align": AlignConfig, "gates": GatesConfig,
-    "distill": DistillConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig,
+    "text": TextConfig,
+    "passkeys": PasskeysConfig,
+    "align": AlignConfig,
+    "gates": GatesConfig,
+    "distill": DistillConfig,
+    "finetune": FinetuneConfig,
+    "evaluate": EvaluateConfig,
 }
 COMPARE = ("all_linear", "uniform")
 SIZES = ("length", "keys", "words_per_key")
 
+# %% ../../nbs/80_run.recipe.ipynb #7ccc7b5b
 def inherited(table: Any, source: Settings, sizes: Settings | None = None) -> Any:
     "A table with the settings that it leaves to the tables before."
     if not isinstance(table, Mapping): return table
+    # column, split and subset belong to a source, and go with it
     names = [] if "source" in table else SourceConfig.setting_names()
-    more = {name: getattr(source, name) for name in names}
-    if sizes is not None: more |= {name: getattr(sizes, name) for name in SIZES}
+    more = {name: source[name] for name in names}
+    if sizes is not None: more |= {name: sizes[name] for name in SIZES}
     return {**more, **table}
 
 # %% ../../nbs/80_run.recipe.ipynb #05cadd11
+def check_compare(methods: tuple[str, ...]) -> None:
+    "Raise `ValueError` unless each of the methods is known, and there once."
+    for name in methods:
+        if name not in COMPARE:
+            raise ValueError(f"compare: unknown method {name!r}; {nearest(name, COMPARE)}")
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"compare: each method once, please; got {list(methods)}")
+
+# %% ../../nbs/80_run.recipe.ipynb #77c485c5
 def check_recipe(recipe: Recipe) -> None:
     "Raise `ValueError` if values of a recipe do not go together."
     mixer_class(recipe.mixer)
     if not recipe.teacher: raise ValueError("teacher: expected a name or a folder, got nothing")
-    for name in recipe.compare:
-        if name not in COMPARE:
-            raise ValueError(f"compare: unknown method {name!r}; {nearest(name, COMPARE)}")
-    if len(set(recipe.compare)) < len(recipe.compare):
-        raise ValueError(f"compare: each method once, please; got {list(recipe.compare)}")
+    check_compare(recipe.compare)
     if not recipe.gates.steps:
         raise ValueError("gates.steps: expected at least 1, because the gates choose the layers")
     for name in TABLES:
-        if getattr(getattr(recipe, name), "seed", 0):
+        if getattr(recipe[name], "seed", 0):
             raise ValueError(f"{name}.seed: a recipe has one `seed` for all stages")
 
 # %% ../../nbs/80_run.recipe.ipynb #4dbe7a10
@@ -103,24 +115,41 @@ def may_be_nothing(kind: Any) -> bool:
     arguments = typing.get_args(kind)
     return type(None) in arguments and str not in arguments
 
+# %% ../../nbs/80_run.recipe.ipynb #a2b18909
 def with_nothing(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     "The values of a table as TOML gives them, `None` in place of `\"none\"`."
     kinds = typing.get_type_hints(kind)
-    missing = {k for k, v in values.items() if v == "none" and may_be_nothing(kinds.get(k))}
-    return {k: None if k in missing else v for k, v in values.items()}
+    none = [key for key, value in values.items() if value == "none"]
+    missing = [key for key in none if may_be_nothing(kinds.get(key))]
+    return {**values, **dict.fromkeys(missing)}
 
-def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    "A `Recipe` from nested dicts, as TOML gives them. Raises `ValueError` naming what is wrong."
+# %% ../../nbs/80_run.recipe.ipynb #75c9b3b8
+def check_shape(values: Mapping[str, Any]) -> None:
+    "Raise `ValueError` unless tables are where a recipe has tables, and values elsewhere."
     known = Recipe.setting_names()
     for key, value in values.items():
         if key not in known: raise ValueError(f"recipe: unknown key {key!r}; {nearest(key, known)}")
         if (key in TABLES) != isinstance(value, Mapping):
             kind = "table" if key in TABLES else "value"
             raise ValueError(f"recipe: {key}: expected a {kind}, got {value!r}")
-    tables = {name: with_nothing(TABLES[name], values[name]) for name in TABLES if name in values}
+
+# %% ../../nbs/80_run.recipe.ipynb #12ba7391
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    "A `Recipe` from nested dicts, as TOML gives them. Raises `ValueError` naming what is wrong."
+    check_shape(values)
+    given = [name for name in TABLES if name in values]
+    tables = {name: with_nothing(TABLES[name], values[name]) for name in given}
     return Recipe(**{**with_nothing(Recipe, values), **tables})
 
 # %% ../../nbs/80_run.recipe.ipynb #2e1772d2
+def parsed(value: str) -> Any:
+    "A value as TOML reads it; a bare word is a string."
+    try:
+        return tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return value.strip()
+
+# %% ../../nbs/80_run.recipe.ipynb #9da1909b
 def changed(values: dict[str, Any], change: str) -> None:
     "Apply a change like `align.steps=100` or `teacher=my/model` to the values of a recipe."
     name, eq, value = change.partition("=")
@@ -129,19 +158,19 @@ def changed(values: dict[str, Any], change: str) -> None:
     *table, key = name.strip().split(".")
     if len(table) > 1 or (table and table[0] not in TABLES):
         raise ValueError(f"--set {change}: unknown table {name!r}; {nearest(table[0], TABLES)}")
-    # a bare word is a string
-    try: parsed = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError: parsed = value.strip()
     place = values.setdefault(table[0], {}) if table else values
     if not isinstance(place, dict): raise ValueError(f"recipe: {table[0]}: expected a table")
-    place[key] = parsed
+    place[key] = parsed(value)
 
+# %% ../../nbs/80_run.recipe.ipynb #426ee574
 def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     "Read a recipe from TOML and apply `changes` like `\"align.steps=100\"`. Raises `ValueError`."
     path = Path(path).expanduser()
     if not path.is_file(): raise ValueError(f"recipe {path}: no such file")
-    try: values = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error: raise ValueError(f"recipe {path}: {error.strerror}") from error
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ValueError(f"recipe {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
     for change in changes: changed(values, change)
@@ -152,14 +181,14 @@ def toml_values(settings: Settings) -> dict[str, Any]:
     "Settings as TOML can hold them. `None` is left out if it is the default, else `\"none\"`."
     values = {}
     for field in fields(settings):  # type: ignore[arg-type]
-        name = field.name
-        value = getattr(settings, name)
+        value = settings[field.name]
         if value is None and field.default is None: continue
-        if name == "seed" and settings.table: continue             # the recipe has one for all
-        is_table = isinstance(value, Settings)
-        values[name] = toml_values(value) if is_table else "none" if value is None else value
+        if field.name == "seed" and settings.table: continue       # the recipe has one for all
+        if isinstance(value, Settings): value = toml_values(value)
+        values[field.name] = "none" if value is None else value
     return values
 
+# %% ../../nbs/80_run.recipe.ipynb #8a5313db
 def recipe_toml(recipe: Recipe) -> str:
     """The recipe as TOML text, complete with defaults.
 
@@ -169,6 +198,7 @@ def recipe_toml(recipe: Recipe) -> str:
         raise ValueError("this recipe cannot be written as TOML without a change")
     return written
 
+# %% ../../nbs/80_run.recipe.ipynb #27f73851
 def save_recipe(recipe: Recipe, path: Path) -> None:
     "Write a recipe to a file, whole or not at all."
     written = recipe_toml(recipe)
@@ -178,9 +208,10 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def absolute(name: str) -> str:
     "A path that exists, from the root; other names (`bundled`, `stories`, the hub's) as they are."
     path = os.path.expanduser(name)
-    named = name in (BUNDLED, "stories")
-    return name if named or not os.path.exists(path) else os.path.abspath(path)
+    if name in (BUNDLED, "stories") or not os.path.exists(path): return name
+    return os.path.abspath(path)
 
+# %% ../../nbs/80_run.recipe.ipynb #9140a888
 def named_paths(recipe: Recipe) -> list[str]:
     "The names of teacher and texts, each perhaps a path."
     names = [recipe.teacher]
@@ -188,11 +219,16 @@ def named_paths(recipe: Recipe) -> list[str]:
         names += [table.source] if isinstance(table.source, str) else table.source
     return names
 
+# %% ../../nbs/80_run.recipe.ipynb #1f35811a
+def with_absolute_source(table: Any) -> Any:
+    "A table with the paths of its texts from the root."
+    source = table.source
+    if isinstance(source, str): return replace(table, source=absolute(source))
+    return replace(table, source=tuple(map(absolute, source)))
+
+# %% ../../nbs/80_run.recipe.ipynb #04e81b4e
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     "The recipe with the paths of its teacher and its texts from the root."
-    def moved(table: Any) -> Any:
-        source = table.source
-        if isinstance(source, str): return replace(table, source=absolute(source))
-        return replace(table, source=tuple(map(absolute, source)))
-    tables = {name: moved(getattr(recipe, name)) for name in ("text", "passkeys", "evaluate")}
+    names = ("text", "passkeys", "evaluate")
+    tables = {name: with_absolute_source(recipe[name]) for name in names}
     return replace(recipe, teacher=absolute(recipe.teacher), **tables)
