@@ -18,7 +18,7 @@ from ..train.fit import Callback
 
 # %% auto #0
 __all__ = ['Rows', 'GateBench', 'bench_rows', 'forward_passes', 'contenders', 'take_turns', 'in_kernel', 'median_ratio',
-           'described', 'summed', 'gates_lines', 'bench_gates']
+           'monitored', 'described', 'summed', 'row_line', 'monitor_line', 'gates_lines', 'bench_gates']
 
 # %% ../../nbs/84_run.bench.ipynb #dbdbe650
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class GateBench(Settings):
     @property
     def sizes(self) -> dict[str, int]:
         "What the result says of itself."
-        return {name: getattr(self, name) for name in ("length", "batch_size", "steps", "repeats")}
+        return {name: self[name] for name in ("length", "batch_size", "steps", "repeats")}
 
 # %% ../../nbs/84_run.bench.ipynb #be000007
 Rows = list[dict[str, torch.Tensor]]
@@ -49,14 +49,17 @@ def bench_rows(tokenizer, settings: GateBench) -> Rows:
     "The books of one training."
     from flashmorph.data.passkeys import passkeys
     names = ("length", "keys", "words_per_key")
-    books = iter(passkeys(tokenizer, **{name: getattr(settings, name) for name in names}))
+    sizes = {name: settings[name] for name in names}
+    books = iter(passkeys(tokenizer, **sizes))
     return [next(books) for _ in range(settings.steps * settings.batch_size)]
 
+# %% ../../nbs/84_run.bench.ipynb #38f47842
 def forward_passes(model: MorphableModel, rows: Rows, batch_size: int) -> None:
     "The teacher's pass over `rows`, without logits, as gate training does it."
     with torch.no_grad(), model.full_pass():
         for i in range(0, len(rows), batch_size):
-            batch = torch.stack([row["input_ids"] for row in rows[i:i + batch_size]])
+            ids = [row["input_ids"] for row in rows[i:i + batch_size]]
+            batch = torch.stack(ids)
             model.hidden(batch.to(model.device))
 
 # %% ../../nbs/84_run.bench.ipynb #ac9e0766
@@ -73,13 +76,15 @@ def contenders(
         "gate step, watched": lambda: train([monitor]),
     }
 
+# %% ../../nbs/84_run.bench.ipynb #e84a5a59
 def take_turns(
     calls: dict[str, Callable[[], None]], repeats: int, cuda: bool, after: Callable[[], Any]
 ) -> dict[str, list[float]]:
     "Seconds of each call in each round; `after()` is called at the end of a round."
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, call in calls.items(): seconds[name].append(timed(call, cuda))
+        for name, call in calls.items():
+            seconds[name].append(timed(call, cuda))
         after()
     return seconds
 
@@ -89,9 +94,18 @@ def in_kernel() -> bool:
     from IPython import get_ipython
     return getattr(get_ipython(), "kernel", None) is not None
 
+# %% ../../nbs/84_run.bench.ipynb #e7723474
 def median_ratio(over: list[float], under: list[float]) -> float:
     "Median of the ratios of neighbours."
-    return round(statistics.median(x / y for x, y in zip(over, under)), 4)
+    ratios = [x / y for x, y in zip(over, under)]
+    return round(statistics.median(ratios), 4)
+
+# %% ../../nbs/84_run.bench.ipynb #0e95c2e6
+def monitored(seconds: dict[str, list[float]], drawn: list[float]) -> dict[str, Any]:
+    "What watching cost: the time over that without, and the share of drawing."
+    watched = seconds["gate step, watched"]
+    ratio = median_ratio(watched, seconds["gate step"])
+    return {"ratio": ratio, "drawing": median_ratio(drawn, watched), "kernel": in_kernel()}
 
 # %% ../../nbs/84_run.bench.ipynb #e44dd34e
 def described(model: MorphableModel, settings: GateBench) -> dict[str, Any]:
@@ -100,39 +114,47 @@ def described(model: MorphableModel, settings: GateBench) -> dict[str, Any]:
     about = {"layers": model.num_layers, "parameters": parameters, "mixer": model.mixer}
     return {"model": about, "sizes": settings.sizes}
 
+# %% ../../nbs/84_run.bench.ipynb #03816bb4
 def summed(
     seconds: dict[str, list[float]], peaks: dict[str, int], drawn: list[float], settings: GateBench
 ) -> dict[str, Any]:
     "`rows` and `monitor` of the result."
-    rows = [{
-        "what": name,
-        "ms": round(1e3 * statistics.median(taken) / settings.steps, 3),
-        "ratio": median_ratio(taken, seconds["forward"]),
-        "peak_mib": round(peaks[name] / 2**20, 2) if name in peaks else None,
-    } for name, taken in seconds.items()]
-    watched = seconds["gate step, watched"]
-    monitor = {"ratio": median_ratio(watched, seconds["gate step"]),
-               "drawing": median_ratio(drawn, watched), "kernel": in_kernel()}
-    return {"rows": rows, "monitor": monitor}
+    rows = []
+    for name, taken in seconds.items():
+        step = statistics.median(taken) / settings.steps
+        peak = round(peaks[name] / 2**20, 2) if name in peaks else None
+        ratio = median_ratio(taken, seconds["forward"])
+        rows.append({"what": name, "ms": round(1e3 * step, 3), "ratio": ratio, "peak_mib": peak})
+    return {"rows": rows, "monitor": monitored(seconds, drawn)}
 
 # %% ../../nbs/84_run.bench.ipynb #14ff7ff7
+def row_line(row: dict[str, Any]) -> str:
+    "A row of the result as a line of text."
+    memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
+    return f"{row['what']:22}{row['ms']:>10.1f}{row['ratio']:>10.2f}{memory:>9}"
+
+# %% ../../nbs/84_run.bench.ipynb #b7cfd950
+def monitor_line(watch: dict[str, Any]) -> str:
+    "What watching cost, as a line of text."
+    where = "in a notebook" if watch["kernel"] else "on a terminal"
+    spent = f"drawing took {watch['drawing']:.1%} ({where})"
+    return f"watched / not watched: {watch['ratio']:.3f}; {spent}"
+
+# %% ../../nbs/84_run.bench.ipynb #9bbc9780
 def gates_lines(result: dict[str, Any]) -> list[str]:
     "The result of `bench_gates` as lines of text."
     sizes = result["sizes"]
     model = result["model"]
+    where = f"{result['device']}, {result['threads']} threads, torch {result['torch']}"
+    what = f"{model['layers']} layers, {model['mixer']}"
     rows = f"{sizes['batch_size']} x {sizes['length']} tokens, medians of {sizes['repeats']}"
-    lines = [
-        f"{result['device']}, {result['threads']} threads, torch {result['torch']}; "
-        f"{model['layers']} layers, {model['mixer']}, {rows}",
-        f"{'per step':22}{'ms':>10}{'forwards':>10}{'MiB':>9}",
+    head = f"{'per step':22}{'ms':>10}{'forwards':>10}{'MiB':>9}"
+    return [
+        f"{where}; {what}, {rows}",
+        head,
+        *map(row_line, result["rows"]),
+        monitor_line(result["monitor"]),
     ]
-    for row in result["rows"]:
-        memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        lines.append(f"{row['what']:22}{row['ms']:>10.1f}{row['ratio']:>10.2f}{memory:>9}")
-    watch = result["monitor"]
-    where = "in a notebook" if watch["kernel"] else "on a terminal"
-    spent = f"drawing took {watch['drawing']:.1%} ({where})"
-    return [*lines, f"watched / not watched: {watch['ratio']:.3f}; {spent}"]
 
 # %% ../../nbs/84_run.bench.ipynb #be000009
 def bench_gates(

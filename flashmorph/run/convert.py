@@ -103,9 +103,9 @@ def scores_of(work: Conversion, name: str) -> dict[str, Any]:
 def model_results(work: Conversion, name: str, layers: Iterable[int]) -> dict[str, Any]:
     "The scores of one model so far, and what the model costs."
     teacher = work.materials.teacher
-    context = work.recipe.passkeys.length
-    options = {"mixer": work.recipe.mixer, "dtype": teacher.dtype}
-    count = cost(teacher.config, list(layers), context=context, **options)
+    recipe = work.recipe
+    count = cost(teacher.config, list(layers), context=recipe.passkeys.length, mixer=recipe.mixer,
+                 dtype=teacher.dtype)
     costs = {"parameters": count.parameters, "cache_bytes": count.cache_bytes}
     return {**scores_of(work, name), **costs}
 

@@ -24,7 +24,7 @@ from flashmorph.data.stories import (
 from ..data.text import text
 
 # %% auto #0
-__all__ = ['GROWTH', 'TASK', 'TWO_KEYS', 'THREE_KEYS', 'PHASES', 'COMMON', 'known_words', 'build_tokenizer', 'Echoes',
+__all__ = ['GROWTH', 'TASK', 'TWO_KEYS', 'THREE_KEYS', 'LR', 'PHASES', 'COMMON', 'known_words', 'build_tokenizer', 'Echoes',
            'teacher_config', 'use_layers', 'new_teacher', 'Phase', 'phase_text', 'train_phase', 'pretrain']
 
 # %% ../../nbs/83_run.pretrain.ipynb #4f32506c
@@ -81,7 +81,9 @@ class Echoes:
         "Row number `index`."
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         period = int(torch.randint(4, 25, (), generator=generator))
-        words = self.tokens[torch.randint(len(NATO), (period,), generator=generator)]
+        drawn = torch.randint(len(NATO), (period,), generator=generator)
+        words = self.tokens[drawn]
+        # the same words again and again
         at = torch.arange(self.length)
         return {"input_ids": words[at % period], "answers": (at >= period).long()}
 
@@ -94,12 +96,6 @@ class Echoes:
     def load_state_dict(self, state: dict[str, Any]) -> None: self.index = state["index"]
 
 # %% ../../nbs/83_run.pretrain.ipynb #8d3a1aca
-GROWTH = {  # depth -> which of the final layers there are
-    5: [1, 4, 6, 8, 10],
-    9: [0, 1, 3, 4, 6, 7, 8, 10, 11],
-    12: [*range(12)],
-}
-
 def teacher_config(tokenizer) -> Qwen3Config:
     "The architecture of the bundled teacher. Weights start at 0.08: 0.02 is for wide models."
     return Qwen3Config(
@@ -108,6 +104,13 @@ def teacher_config(tokenizer) -> Qwen3Config:
         tie_word_embeddings=True, initializer_range=0.08, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )
+
+# %% ../../nbs/83_run.pretrain.ipynb #3da89175
+GROWTH = {  # depth -> which of the final layers there are
+    5: [1, 4, 6, 8, 10],
+    9: [0, 1, 3, 4, 6, 7, 8, 10, 11],
+    12: [*range(12)],
+}
 
 def use_layers(model: PreTrainedModel, layers: list[nn.Module]) -> None:
     "Make `model` consist of these `layers`."
@@ -147,21 +150,25 @@ class Phase:
 TASK: dict[str, Any] = {"length": 256, "keys": 4, "words_per_key": 6}
 TWO_KEYS: dict[str, Any] = {"length": 96, "keys": 2, "words_per_key": 4}
 THREE_KEYS: dict[str, Any] = {"length": 160, "keys": 3, "words_per_key": 5}
+
+LR: dict[str, Any] = {"lr": 2e-3, "warmup": 20}
 PHASES = (
-    Phase("echoes", 5, {"steps": 800, "batch_size": 32, "lr": 2e-3, "warmup": 200}),
-    Phase("two-keys", 9, {"steps": 300, "batch_size": 42, "lr": 2e-3, "warmup": 20}, TWO_KEYS),
-    Phase("three-keys", 9, {"steps": 150, "batch_size": 25, "lr": 2e-3, "warmup": 20}, THREE_KEYS),
-    Phase("four-keys", 12, {"steps": 500, "batch_size": 16, "lr": 2e-3, "lr_end": 2e-5,
-                            "warmup": 20}, TASK, plain=0.25),
+    Phase("echoes", 5, {**LR, "steps": 800, "batch_size": 32, "warmup": 200}),
+    Phase("two-keys", 9, {**LR, "steps": 300, "batch_size": 42}, TWO_KEYS),
+    Phase("three-keys", 9, {**LR, "steps": 150, "batch_size": 25}, THREE_KEYS),
+    Phase("four-keys", 12, {**LR, "steps": 500, "batch_size": 16, "lr_end": 2e-5}, TASK,
+          plain=0.25),
 )
 
 # %% ../../nbs/83_run.pretrain.ipynb #e6083376
 def phase_text(record: dict[str, Any]) -> str:
     "One line about a phase of `training.json`."
     scores = record["evaluation"]
-    done = f"{record['steps']:4} steps, {record['tokens'] / 1e6:.1f}M tokens"
+    millions = record["tokens"] / 1e6
+    done = f"{record['steps']:4} steps, {millions:.1f}M tokens"
     recall = f"recall {scores['recall']:.3f}, exact {scores['exact']:.3f}"
-    return f"{record['name']:>10}: {done}, then {recall}, text {scores['lm_nll']:.3f} nats"
+    text_loss = f"text {scores['lm_nll']:.3f} nats"
+    return f"{record['name']:>10}: {done}, then {recall}, {text_loss}"
 
 # %% ../../nbs/83_run.pretrain.ipynb #23ad19ae
 COMMON: dict[str, Any] = {"answer_weight": 2.0, "betas": (0.9, 0.98), "weight_decay": 0.02}
@@ -207,8 +214,9 @@ def pretrain(
     records = []
     for index, phase in enumerate(phases):
         use_layers(model, [layers[i] for i in GROWTH[phase.depth]])
-        records.append(train_phase(model, tokenizer, phase, index, **options))
-        say(phase_text(records[-1]))
+        record = train_phase(model, tokenizer, phase, index, **options)
+        records.append(record)
+        say(phase_text(record))
 
     # All layers together are the teacher.
     use_layers(model, layers)
