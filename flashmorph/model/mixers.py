@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['State', 'MIXERS', 'MixerDims', 'Mixer', 'register_mixer', 'mixer_names', 'parse_mixer', 'mixer_spec', 'mixer_class',
-           'make_mixer', 'repeat_heads', 'lightning_log_decay', 'GatedNorm', 'StateMixer', 'Lightning', 'GLA', 'GDN']
+           'make_mixer', 'StateMixer', 'Lightning', 'GLA', 'GDN']
 
 # %% ../../nbs/30_model.mixers.ipynb #f4d63d8e
 import ast, inspect, re
@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from flashmorph.model.parts import (
+    GatedNorm, convolve_heads, lightning_log_decay, repeat_heads,
+)
 from ..ops.conv import ShortConv, check_conv
 from ..ops.dispatch import gdn, gla, lightning
 from ..settings import Rule, converted, expected
@@ -39,10 +42,12 @@ class MixerDims:
 # %% ../../nbs/30_model.mixers.ipynb #65b9deef
 def _only_move(kept: list[nn.Parameter], fn: Callable[[Tensor], Tensor]) -> Callable:
     "`fn`, which moves or casts a tensor, except that `kept` and their gradients are not rounded."
-    ids = {id(x) for p in kept for x in (p, p.grad) if x is not None}
+    ids = {id(p) for p in kept}
+    ids |= {id(p.grad) for p in kept if p.grad is not None}
     def apply(x: Tensor) -> Tensor:
         new = fn(x)
-        return x.to(new.device) if id(x) in ids and new.itemsize == 2 else new
+        rounded = new.itemsize == 2
+        return x.to(new.device) if rounded and id(x) in ids else new
     return apply
 
 # %% ../../nbs/30_model.mixers.ipynb #5aac6827
@@ -110,42 +115,56 @@ def mixer_names() -> list[str]:
     "Names of all mixers there are."
     return sorted(MIXERS)
 
+# %% ../../nbs/30_model.mixers.ipynb #d105f006
+def _read_options(written: str) -> dict[str, Any]:
+    "`conv=4` -> `{'conv': 4}`; `SyntaxError` or `ValueError` if it is not written like that."
+    call: Any = ast.parse(f"f({written})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args: raise ValueError("expected keywords alone")
+    options: dict[str, Any] = {}
+    for keyword in call.keywords:
+        name = keyword.arg
+        if name is None or name in options: raise ValueError("expected each name once")
+        options[name] = ast.literal_eval(keyword.value)
+    return options
+
 # %% ../../nbs/30_model.mixers.ipynb #a35ba317
 def _split_spec(spec: str) -> tuple[str, dict[str, Any]]:
     "`gdn(conv=4)` -> `gdn` and `{'conv': 4}`; `ValueError` if it is not written like that."
     found = re.fullmatch(r"\s*([^()\s]+)\s*(?:\((.*)\))?\s*", str(spec), re.DOTALL)
-    name = found[1] if found else str(spec)
+    name, written = found.groups() if found else (str(spec), None)
     if name not in MIXERS: raise ValueError(f"unknown mixer {name!r}; {nearest(name, MIXERS)}")
-    options: dict[str, Any] = {}
-    try:
-        call: Any = ast.parse(f"f({(found and found[2]) or ''})", mode="eval").body
-        if call.args: raise ValueError
-        for keyword in call.keywords:
-            if keyword.arg in options: raise ValueError
-            options[keyword.arg] = ast.literal_eval(keyword.value)
+    try: return name, _read_options(written or "")
     except (SyntaxError, ValueError):
         raise ValueError(f"mixer {spec!r}: options are written like {name}(conv=4, rope=False), "
                          "each at most once") from None
-    return name, options
+
+# %% ../../nbs/30_model.mixers.ipynb #72a1b48c
+def _option_kinds(cls: type[Mixer]) -> dict[str, Any]:
+    "The options of a class of mixers, and the kind of value each has; `Any` if settings have none."
+    keywords = inspect.signature(cls).parameters.values()
+    named = {p.name: p.annotation for p in keywords if p.kind is p.KEYWORD_ONLY}
+    simple = (bool, int, float, str)
+    return {name: kind if kind in simple else Any for name, kind in named.items()}
 
 # %% ../../nbs/30_model.mixers.ipynb #bdcfa0f9
 def _check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     "The options of mixer `name` as its annotations say; `ValueError` for unknown and wrong ones."
     cls = MIXERS[name]
-    keywords = inspect.signature(cls).parameters.values()
-    known = {p.name: p.annotation for p in keywords if p.kind is p.KEYWORD_ONLY}
+    known = _option_kinds(cls)
     checked = {}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"mixer {name!r} has no option {option!r}; {nearest(option, known)}")
-        kind = known[option] if known[option] in (bool, int, float, str) else Any
+        kind = known[option]
         try: checked[option] = converted(value, kind)
         except TypeError:
-            raise ValueError(f"option {option} of mixer {name!r}: expected "
-                             f"{expected(kind, Rule())}, got {value!r}") from None
+            wanted = expected(kind, Rule())
+            raise ValueError(f"option {option} of mixer {name!r}: expected {wanted}, "
+                             f"got {value!r}") from None
     cls.check_options(checked)
     return checked
 
+# %% ../../nbs/30_model.mixers.ipynb #abd93dd9
 def parse_mixer(spec: str) -> tuple[type[Mixer], dict[str, Any]]:
     "Class and options of a mixer like `gdn(conv=4)`; `ValueError` for unknown or wrong ones."
     name, options = _split_spec(spec)
@@ -159,6 +178,7 @@ def mixer_spec(spec: str, **options: Any) -> str:
     written = ", ".join(f"{key}={value!r}" for key, value in sorted(every.items()))
     return f"{name}({written})" if written else name
 
+# %% ../../nbs/30_model.mixers.ipynb #62893c68
 def mixer_class(spec: str) -> type[Mixer]:
     "The class of the mixer `spec` (a name, perhaps with options); errors as `parse_mixer`."
     return parse_mixer(spec)[0]
@@ -168,38 +188,6 @@ def make_mixer(spec: str, dims: MixerDims) -> Mixer:
     cls, options = parse_mixer(spec)
     return cls(dims, **options)
 
-# %% ../../nbs/30_model.mixers.ipynb #48e5aab7
-def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    "`(B, T, Hkv, D)` -> `(B, T, num_heads, D)`: head `h` is head `h // (num_heads / Hkv)`."
-    if x.shape[2] == num_heads: return x
-    return x.repeat_interleave(num_heads // x.shape[2], dim=2)
-
-# %% ../../nbs/30_model.mixers.ipynb #1fc8802c
-def lightning_log_decay(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    "`-2 ** (-8 h / n)` for `h = 1..n`, `(num_heads,)` float32: how fast each head forgets."
-    h = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
-    return -torch.exp2(h * (-8 / num_heads))
-
-# %% ../../nbs/30_model.mixers.ipynb #483d714c
-class GatedNorm(nn.Module):
-    "RMSNorm over `groups` equal parts of all heads, times `2 sigmoid(gate(hidden))`."
-    def __init__(self, hidden_size: int, width: int, groups: int = 1, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.gate = nn.Linear(hidden_size, width, bias=False)
-        self.groups, self.eps = groups, eps
-        nn.init.zeros_(self.gate.weight)
-
-    def forward(
-        self,
-        o: Tensor,  # `(B, T, H, Dv)`
-        hidden: Tensor,  # `(B, T, hidden_size)`
-    ) -> Tensor:  # `(B, T, H, Dv)` in the dtype of `o`
-        parts = o.flatten(2).float().unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(2)
-        gate = 2 * torch.sigmoid(self.gate(hidden).float())
-        return (gate * (normed * self.weight.float())).to(o.dtype).view_as(o)
-
 # %% ../../nbs/30_model.mixers.ipynb #f0b1453f
 class StateMixer(Mixer):
     "What `lightning`, `gla` and `gdn` have in common; a subclass has its own `mix`."
@@ -208,11 +196,13 @@ class StateMixer(Mixer):
     def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
                  expand_kv: bool = False):
         super().__init__(dims)
-        H, Hkv = dims.num_heads, dims.num_kv_heads
-        self.rope, self.expand_kv = rope, expand_kv
-        self.norm = GatedNorm(dims.hidden_size, H * dims.value_dim, H if self.norm_per_head else 1)
-        self.sizes = [H * dims.head_dim, Hkv * dims.head_dim, Hkv * dims.value_dim]
-        self.conv = ShortConv(sum(self.sizes), conv) if conv else None
+        self.rope = rope
+        self.expand_kv = expand_kv
+        groups = dims.num_heads if self.norm_per_head else 1
+        self.norm = GatedNorm(dims.hidden_size, dims.num_heads * dims.value_dim, groups)
+        narrow = dims.num_kv_heads * (dims.head_dim + dims.value_dim)
+        width = dims.num_heads * dims.head_dim + narrow
+        self.conv = ShortConv(width, conv) if conv else None
         self.build(dims)
 
     def build(self, dims: MixerDims) -> None:
@@ -231,17 +221,18 @@ class StateMixer(Mixer):
         dtype = v.dtype
         S, past = state if isinstance(state, tuple) else (state, None)
         if self.conv is not None:
-            y, past = self.conv(torch.cat([x.flatten(2) for x in (q, k, v)], -1), mask, past)
-            parts = zip(y.split(self.sizes, -1), (q, k, v))
-            q, k, v = (new.reshape(old.shape) for new, old in parts)
+            (q, k, v), past = convolve_heads(self.conv, [q, k, v], mask, past)
         # a sum over tokens can be too large for float16
         if dtype == torch.float16: q, k, v = (x.float() for x in (q, k, v))
         # padding writes nothing
-        real = None if mask is None else mask.to(torch.bool)[..., None]
-        if real is not None: k = torch.where(real[..., None], k, 0)
+        real = None
+        if mask is not None:
+            real = mask.to(torch.bool)[..., None]
+            k = torch.where(real[..., None], k, 0)
         k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
         o, S = self.mix(q, k, v, hidden, real, scale, S)
-        return self.norm(o, hidden).to(dtype), S if past is None else (S, past)
+        o = self.norm(o, hidden).to(dtype)
+        return o, S if past is None else (S, past)
 
 # %% ../../nbs/30_model.mixers.ipynb #216fb2ad
 @register_mixer("lightning")
@@ -266,14 +257,21 @@ class GLA(StateMixer):
         nn.init.zeros_(self.decay.weight)
         target = 16 * lightning_log_decay(dims.num_heads)
         bias = target - torch.log(-torch.expm1(target))
-        with torch.no_grad(): self.decay.bias.copy_(bias.repeat_interleave(dims.head_dim))
+        by_channel = bias.repeat_interleave(dims.head_dim)
+        with torch.no_grad(): self.decay.bias.copy_(by_channel)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
             scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = self.decay(self.decay_in(hidden)).float()
-        log_decay = F.logsigmoid(logits).unflatten(-1, q.shape[2:]) / 16
+        log_decay = F.logsigmoid(logits) / 16
+        log_decay = log_decay.unflatten(-1, q.shape[2:])
         if real is not None: log_decay = torch.where(real[..., None], log_decay, 0)
         return gla(q, k, v, log_decay, scale=scale, state=state)
+
+# %% ../../nbs/30_model.mixers.ipynb #a286c6d8
+def _unit(x: Tensor) -> Tensor:
+    "Vectors of length 1, in the dtype of `x`."
+    return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
 
 # %% ../../nbs/30_model.mixers.ipynb #247ebcb2
 @register_mixer("gdn")
@@ -292,9 +290,9 @@ class GDN(StateMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
             scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k = (F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype) for x in (q, k))
+        rate = self.A_log.float().exp()
         step = F.softplus(self.a(hidden).float() + self.dt_bias.float())
-        log_decay = -self.A_log.float().exp() * step
+        log_decay = -rate * step
         if real is not None: log_decay = torch.where(real, log_decay, 0)
         beta = torch.sigmoid(self.b(hidden).float())
-        return gdn(q, k, v, log_decay, beta, scale=scale, state=state)
+        return gdn(_unit(q), _unit(k), v, log_decay, beta, scale=scale, state=state)
