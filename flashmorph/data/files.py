@@ -13,7 +13,7 @@ from ..settings import Settings, setting
 from ..store import nearest
 
 # %% auto #0
-__all__ = ['LOADERS', 'FILE_KINDS', 'EXPECTED', 'HASHED', 'checked_name', 'SourceConfig', 'plain_source', 'file_kind',
+__all__ = ['LOADERS', 'FILE_KINDS', 'EXPECTED', 'HASHED', 'checked_name', 'plain_source', 'SourceConfig', 'file_kind',
            'files_of_folder', 'check_file', 'looks_local', 'local_files', 'content_hash']
 
 # %% ../../nbs/21_data.files.ipynb #3c9df90b
@@ -31,6 +31,13 @@ def checked_name(name: str) -> None:
     if name in LOADERS:
         raise ValueError(f"text source {name!r} is a way to read files and no text: expected "
                          "'stories', a file, a folder or the name of a hub dataset, owner/name")
+
+# %% ../../nbs/21_data.files.ipynb #a1b98525
+def plain_source(source: Any) -> Any:
+    "`source` with its paths as strings, so that settings can be compared and written."
+    if isinstance(source, Path): return str(source)
+    if not isinstance(source, (list, tuple)): return source
+    return tuple(str(s) if isinstance(s, Path) else s for s in source)
 
 # %% ../../nbs/21_data.files.ipynb #2846ed10
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +72,6 @@ class SourceConfig(Settings):
             value = getattr(self, key)
             if value != type(self).__dataclass_fields__[key].default:
                 raise ValueError(f"{self.full_name(key)} = {value!r} has no meaning here: {why}")
-
-
-def plain_source(source: Any) -> Any:
-    "`source` with its paths as strings, so that settings can be compared and written."
-    if isinstance(source, Path): return str(source)
-    if not isinstance(source, (list, tuple)): return source
-    return tuple(str(s) if isinstance(s, Path) else s for s in source)
 
 # %% ../../nbs/21_data.files.ipynb #bf505c83
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

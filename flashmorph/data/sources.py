@@ -13,8 +13,8 @@ from .files import HASHED, SourceConfig, content_hash, file_kind, local_files
 from .stories import StoryDocuments, digest, state_value
 
 # %% auto #0
-__all__ = ['HELD_OUT_ONE_IN', 'NOTHING_HELD_OUT', 'is_held_out', 'check_position', 'TextColumn', 'first_line', 'Documents',
-           'open_stream', 'open_files', 'open_hub', 'open_source', 'source_name', 'source_facts', 'documents']
+__all__ = ['HELD_OUT_ONE_IN', 'NOTHING_HELD_OUT', 'is_held_out', 'check_position', 'first_line', 'TextColumn', 'Documents',
+           'open_stream', 'open_files', 'open_hub', 'source_name', 'source_facts', 'open_source', 'documents']
 
 # %% ../../nbs/22_data.sources.ipynb #96422557
 HELD_OUT_ONE_IN = 50
@@ -36,6 +36,12 @@ def check_position(name: str, state: Any, known: Any) -> None:
     if not (same or state is None or known is None):
         raise ValueError(f"{name}: the saved position is damaged, or of another kind of source: "
                          f"expected something like {known!r}, got {state!r}")
+
+# %% ../../nbs/22_data.sources.ipynb #e192df50
+def first_line(error: Exception) -> str:
+    "The first line of an error's message; the type of an error without one."
+    message = str(error).strip()
+    return message.partition("\n")[0] or type(error).__name__
 
 # %% ../../nbs/22_data.sources.ipynb #75976e4e
 class TextColumn:
@@ -85,10 +91,6 @@ class TextColumn:
         "Warn of `message`, once."
         if message not in self.warned: warnings.warn(f"{self.name}: {message}", stacklevel=2)
         self.warned.add(message)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 # %% ../../nbs/22_data.sources.ipynb #38d1adf8
 NOTHING_HELD_OUT = "no document is held out, so evaluation reads the documents of the training"
@@ -154,7 +156,7 @@ def open_stream(name: str, *arguments: Any, **options: Any) -> Any:
     except Exception as e:
         raise ValueError(f"text source {name} cannot be read: {first_line(e)}") from e
 
-
+# %% ../../nbs/22_data.sources.ipynb #10841fc5
 def open_files(files: list[Path], config: SourceConfig) -> Any:
     "A streaming dataset of local files of one kind."
     kind = str(file_kind(files[0]))
@@ -165,7 +167,7 @@ def open_files(files: list[Path], config: SourceConfig) -> Any:
     paths = [glob.escape(os.path.abspath(path)) for path in files]
     return open_stream(str(files[0]), kind, data_files=paths, split="train", **options)
 
-
+# %% ../../nbs/22_data.sources.ipynb #402b1add
 def open_hub(config: SourceConfig) -> Any:
     "A streaming dataset of the hub."
     name = str(config.source)
@@ -176,6 +178,21 @@ def open_hub(config: SourceConfig) -> Any:
     why = f"{name!r} (no such file or folder here, so taken for a dataset of the hub)"
     return open_stream(why, name, config.subset, split=config.split)
 
+# %% ../../nbs/22_data.sources.ipynb #607d9402
+def source_name(source: str | tuple[str, ...]) -> str:
+    "How messages call a source: its first file, and how many more."
+    if isinstance(source, str): return source
+    more = len(source) - 1
+    return f"{source[0]} and {more} more" if more else source[0]
+
+# %% ../../nbs/22_data.sources.ipynb #8b3349c3
+def source_facts(config: SourceConfig, files: list[Path] | None) -> list[Any]:
+    "What documents depend on: the content of files; of a hub dataset, its name."
+    if files is None: return [config.source, config.subset, config.split]
+    most = max(2**16, HASHED // len(files))
+    hashes = [content_hash(path, most) for path in files]
+    return [config.sample_by, *hashes]
+
 # %% ../../nbs/22_data.sources.ipynb #97de5f59
 def open_source(config: SourceConfig, *, seed: int = 0,
                 held_out: bool | None = None) -> StoryDocuments | Documents:
@@ -185,19 +202,6 @@ def open_source(config: SourceConfig, *, seed: int = 0,
     dataset = open_hub(config) if files is None else open_files(files, config)
     texts = TextColumn(dataset, config.column, source_name(config.source))
     return Documents(texts, held_out=held_out, facts=lambda: source_facts(config, files))
-
-
-def source_name(source: str | tuple[str, ...]) -> str:
-    "How messages call a source: its first file, and how many more."
-    if isinstance(source, str): return source
-    return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
-
-
-def source_facts(config: SourceConfig, files: list[Path] | None) -> list[Any]:
-    "What documents depend on: the content of files; of a hub dataset, its name."
-    if files is None: return [config.source, config.subset, config.split]
-    most = max(2**16, HASHED // len(files))
-    return [config.sample_by, *(content_hash(path, most) for path in files)]
 
 # %% ../../nbs/22_data.sources.ipynb #20c7935f
 def documents(source: str | Path | list[str] = "stories", *, split: str = "train",

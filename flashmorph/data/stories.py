@@ -10,8 +10,8 @@ from hashlib import blake2b
 from typing import Any
 
 # %% auto #0
-__all__ = ['NAMES', 'TRADES', 'PLACES', 'COLOURS', 'THINGS', 'TIMES', 'MOODS', 'FACTS', 'EVENTS', 'Stories', 'digest',
-           'state_value', 'StoryDocuments']
+__all__ = ['NAMES', 'TRADES', 'PLACES', 'COLOURS', 'THINGS', 'TIMES', 'MOODS', 'FACTS', 'EVENTS', 'draw_cast', 'draw_event',
+           'Stories', 'digest', 'state_value', 'StoryDocuments']
 
 # %% ../../nbs/20_data.stories.ipynb #177af392
 NAMES = """Anna Boris Clara David Elena Felix Greta Hugo Irma Jonas Karin Leo Mara Nils Olga Peter
@@ -43,6 +43,29 @@ EVENTS = (
     "Everyone in the {q} spoke of {n} the {t}.",
 )
 
+# %% ../../nbs/20_data.stories.ipynb #d82026e4
+def draw_cast(rng: random.Random, cast: int) -> list[dict[str, str]]:
+    "The parts of `cast` characters, by letter; each is a friend of the next."
+    names = rng.sample(NAMES, cast)
+    things = rng.sample(THINGS, cast)
+    people = []
+    for name, thing in zip(names, things, strict=True):
+        person = {"n": name, "t": rng.choice(TRADES), "p": rng.choice(PLACES)}
+        people.append({**person, "c": rng.choice(COLOURS), "o": thing})
+    for i, person in enumerate(people):
+        friend = people[(i + 1) % cast]
+        person["f"] = friend["n"]
+        person.update({f"f{key}": friend[key] for key in "tpco"})
+    return people
+
+# %% ../../nbs/20_data.stories.ipynb #213a421a
+def draw_event(rng: random.Random, people: list[dict[str, str]]) -> str:
+    "A sentence on what one of `people` did."
+    person = rng.choice(people)
+    event = rng.choice(EVENTS)
+    scene = {"q": rng.choice(PLACES), "time": rng.choice(TIMES), "mood": rng.choice(MOODS)}
+    return event.format(**person, **scene)
+
 # %% ../../nbs/20_data.stories.ipynb #971735ff
 class Stories:
     """An endless, deterministic source of short stories; `Stories(seed)[i]` is always the same.
@@ -58,28 +81,10 @@ class Stories:
 
     def __getitem__(self, index: int) -> str:
         rng = random.Random(f"story {self.seed} {index}")
-        people = self._people(rng)
-        facts = [fact.format(**person) for person in people for fact in FACTS]
-        return " ".join(facts + [self._event(rng, people) for _ in range(self.sentences)])
-
-    def _people(self, rng: random.Random) -> list[dict[str, str]]:
-        names = rng.sample(NAMES, self.cast)
-        things = rng.sample(THINGS, self.cast)
-        people = []
-        for name, thing in zip(names, things, strict=True):
-            person = {"n": name, "t": rng.choice(TRADES), "p": rng.choice(PLACES)}
-            people.append({**person, "c": rng.choice(COLOURS), "o": thing})
-        # each is a friend of the next
-        for i, person in enumerate(people):
-            friend = people[(i + 1) % self.cast]
-            person.update({"f": friend["n"], **{f"f{key}": friend[key] for key in "tpco"}})
-        return people
-
-    def _event(self, rng: random.Random, people: list[dict[str, str]]) -> str:
-        person = rng.choice(people)
-        event = rng.choice(EVENTS)
-        scene = {"q": rng.choice(PLACES), "time": rng.choice(TIMES), "mood": rng.choice(MOODS)}
-        return event.format(**person, **scene)
+        people = draw_cast(rng, self.cast)
+        told = [fact.format(**person) for person in people for fact in FACTS]
+        told += [draw_event(rng, people) for _ in range(self.sentences)]
+        return " ".join(told)
 
     def __iter__(self) -> Iterator[str]: return map(self.__getitem__, itertools.count())
 

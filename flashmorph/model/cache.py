@@ -24,6 +24,7 @@ def find_cache(named: Mapping[str, Any]) -> Cache | None:
     found = (named[name] for name in CACHE_NAMES if named.get(name) is not None)
     return next(found, None)
 
+# %% ../../nbs/31_model.cache.ipynb #43c2901b
 def cache_name(forward: Callable) -> str:
     "The keyword under which `forward` takes a cache; `past_key_values` if no name fits."
     taken = inspect.signature(forward).parameters
@@ -32,11 +33,16 @@ def cache_name(forward: Callable) -> str:
 # %% ../../nbs/31_model.cache.ipynb #5cb16467
 def _fill(slot: LinearAttentionLayer, S: Tensor, recent: Tensor | None) -> None:
     "Put tensors into a slot of transformers, which numbers its states; ours are number 0."
-    slot.recurrent_states[0], slot.conv_states[0] = S, recent
-    slot.device, slot.dtype = S.device, S.dtype  # type: ignore[assignment]
-    slot.is_recurrent_states_initialized[0] = slot.has_previous_state[0] = True
+    slot.recurrent_states[0] = S
+    slot.conv_states[0] = recent
+    slot.device = S.device  # type: ignore[assignment]
+    slot.dtype = S.dtype  # type: ignore[assignment]
+    # its flags
+    slot.has_previous_state[0] = True
+    slot.is_recurrent_states_initialized[0] = True
     slot.is_conv_states_initialized[0] = recent is not None
 
+# %% ../../nbs/31_model.cache.ipynb #00591ec7
 def _map(slot: LinearAttentionLayer, f: Callable[[Tensor], Tensor]) -> None:
     "Change the rows of all tensors in a slot."
     for kept in (slot.recurrent_states, slot.conv_states):
@@ -101,6 +107,7 @@ def _static_slot(cache: Cache) -> Any:
     def fits(slot): return isinstance(slot, StaticLayer) and not slot.is_sliding
     return next((slot for slot in cache.layers if fits(slot)), None)
 
+# %% ../../nbs/31_model.cache.ipynb #ec212ce4
 def linear_slot(cache: Cache, layer_idx: int) -> StateLayer:
     """Slot `layer_idx` of `cache` as a `StateLayer`, put there if it is not one yet.
 

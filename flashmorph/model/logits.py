@@ -25,6 +25,7 @@ def host_of(model: nn.Module) -> PreTrainedModel:
     wanted = "expected a transformers model, a hybrid or a morphable model"
     raise TypeError(f"{wanted}, got {type(model).__name__}")
 
+# %% ../../nbs/38_model.logits.ipynb #d640ea00
 def hidden_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
@@ -32,6 +33,7 @@ def hidden_states(
     decoder = host_of(model).base_model
     return decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
+# %% ../../nbs/38_model.logits.ipynb #5d9f08f8
 def valid(batch: dict[str, Tensor]) -> Tensor:
     "Bool (B, T): the real tokens of a batch."
     mask = batch.get("attention_mask")
@@ -70,7 +72,7 @@ def logits_from_hidden(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]
     yield logits
 
 # %% ../../nbs/38_model.logits.ipynb #6c845e38
-LOGITS = 2 ** 24  # elements of logits that may exist at once per model
+LOGITS = 2 ** 24  # that may exist at once per model
 
 def chunked_mean(
     loss: Callable[..., Tensor],  # of some rows of each of `tensors`: a sum over rows
