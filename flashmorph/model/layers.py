@@ -274,7 +274,7 @@ class _FullHook:
 
 # %% ../../nbs/33_model.layers.ipynb #b16cb0ce
 def adapt_full(attn: Any, rope: bool = True, logit_scale: float | None = None) -> None:
-    """Fit `attn`, a teacher's attention module, for texts longer than those trained on.
+    """Fit a teacher's attention module for texts longer than those trained on.
 
     `rope=False` removes the rotary embedding. With a `logit_scale` a, logits at position t grow by
     `log(t + a) / log(a)`, except in training mode (HypeNet, arXiv 2601.22156). Weights keep their

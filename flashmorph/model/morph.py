@@ -35,6 +35,7 @@ def add_branches(host: PreTrainedModel, mixer: str, sites: Sequence[Site]) -> No
         host.set_submodule(name, MorphLayer(attn, linear_attention(branch, mixer, dims)))
     hand_mask_down(host)
 
+# %% ../../nbs/36_model.morph.ipynb #af7357ef
 def morph_layers(host: nn.Module) -> list[MorphLayer]:
     "The `MorphLayer`s of a model, in the order of its layers."
     found = [module for module in host.modules() if isinstance(module, MorphLayer)]
@@ -74,6 +75,7 @@ def past_checkpoints() -> contextlib.AbstractContextManager[Any]:
     def as_it_is(x: Tensor) -> Tensor: return x
     return torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is)
 
+# %% ../../nbs/36_model.morph.ipynb #8a01660c
 @contextlib.contextmanager
 def record(model: MorphableModel, where: Tensor) -> Iterator[list[Tensor]]:
     """Inside, a forward pass fills a list: the mixed output of each layer's attention where `where`
@@ -129,6 +131,7 @@ def branch_tensors(model: MorphableModel) -> dict[str, Tensor]:
         found[f"layers.{layer.layer_idx}.alpha"] = layer.alpha.detach()
     return found
 
+# %% ../../nbs/36_model.morph.ipynb #5d9fc16c
 def save_branches(model: MorphableModel, file: str | os.PathLike) -> None:
     "Write the linear branches and the gates to `file` (safetensors): aside first, then renamed."
     copies = {name: x.cpu().contiguous() for name, x in branch_tensors(model).items()}

@@ -55,8 +55,8 @@ def find_model(name: str | os.PathLike, subfolder: str = "") -> str:
 
 # %% ../../nbs/37_model.teacher.ipynb #c80480b4
 def first_line(error: BaseException, width: int = 240) -> str:
-    """The message of an error in one line of at most `width` characters: the first line, and the
-    second one if the first ends in a colon. Errors of a rare type are named by their type."""
+    """The message of an error in at most `width` characters: the first line, and the second if the
+    first ends in a colon. Errors of rare types are named by the type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
     if text.endswith(":") and len(lines) > 1: text = f"{text} {lines[1]}"
@@ -88,6 +88,7 @@ def hub_code(config: Mapping[str, Any], asked: bool = False) -> list[str]:
         elif asks and isinstance(value, str) and "/" in value: found.append(value)
     return found
 
+# %% ../../nbs/37_model.teacher.ipynb #8d5069b8
 def check_code(what: str, config: Mapping[str, Any]) -> None:
     "Raise `ValueError` if a configuration asks for code from the hub."
     if code := hub_code(config):
