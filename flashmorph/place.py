@@ -13,7 +13,7 @@ from .folder import Run, strangers
 
 # %% auto #0
 __all__ = ['LEFT', 'KEPT', 'aside_of', 'same_files', 'take_place', 'put_back', 'save_hybrid', 'is_free', 'check_holds_none',
-           'check_replaceable', 'check_place', 'old_runs', 'move_aside', 'check_resumable']
+           'check_replaceable', 'check_above', 'check_place', 'old_runs', 'move_aside', 'check_resumable']
 
 # %% ../nbs/06_place.ipynb #aef7fe33
 def aside_of(folder: Path, ending: str) -> Path:
@@ -99,9 +99,16 @@ def check_replaceable(folder: Path, keep: Iterable[str] = ()) -> None:
         raise ValueError(f"{folder} holds more than a run ({', '.join(others)}), {KEPT}")
     check_holds_none(folder, [os.getcwd(), *keep])
 
+# %% ../nbs/06_place.ipynb #4b6ab1ba
+def check_above(folder: Path) -> None:
+    "Raise `ValueError` if a file stands where `folder` needs another folder."
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir(): raise ValueError(f"{above} is no folder; choose another place")
+
 # %% ../nbs/06_place.ipynb #266f42cd
 def check_place(folder: Path, overwrite: bool, keep: Iterable[str] = ()) -> None:
     "Raise `ValueError` if no run can begin in this folder."
+    check_above(folder)
     if is_free(folder): return
     if not folder.is_dir(): raise ValueError(f"{folder} is no folder; choose another place")
     if overwrite: return check_replaceable(folder, keep)

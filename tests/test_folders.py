@@ -397,3 +397,51 @@ def test_a_run_resumes_from_another_folder(teacher, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert resume(tmp_path / "run")["budget"] == 2
+
+
+# P3: places and files of another kind
+
+def occupied(tmp_path, place):
+    "A path where no run can be."
+    (tmp_path / "file").touch()
+    if place == "a file": return tmp_path / "file"
+    if place == "below a file": return tmp_path / "file" / "run"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    return tmp_path / "link"
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "a link to nowhere"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
+def test_a_place_that_cannot_be_a_run_is_named(recipe, tmp_path, place, more):
+    (tmp_path / "r.toml").write_text(recipe_toml(recipe))
+    out = occupied(tmp_path, place)
+    before = contents(tmp_path)
+    command = ["convert", str(tmp_path / "r.toml"), "--out", str(out), *more]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "400"})
+    assert done.exit_code == 2 and "> align" not in done.output
+    assert str(tmp_path / "file") in done.output or str(out) in done.output
+    assert "[Errno" not in done.output.splitlines()[-1]
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["a folder", "UTF-16", "bytes", "a step in words", "no step"])
+@pytest.mark.parametrize("which", ["stopped", "finished"])
+def test_a_log_of_another_kind_is_named(request, which, content):
+    folder = request.getfixturevalue(which)
+    log = folder / "log.jsonl"
+    events = log.read_text()
+    first = json.loads(events.splitlines()[0])
+    if content == "a folder":
+        log.unlink()
+        log.mkdir()
+    if content == "UTF-16": log.write_bytes(events.encode("utf-16"))
+    if content == "bytes": log.write_bytes(b"\xff\n" + events.encode())
+    if content == "a step in words":
+        log.write_text(json.dumps({**first, "step": "one"}) + "\n" + events)
+    if content == "no step":
+        log.write_text(json.dumps({**first, "step": None}) + "\n" + events)
+    if which == "finished":         # a finished run needs no log
+        assert resume(folder)["budget"]
+        return
+    with pytest.raises((ValueError, OSError), match=r"log\.jsonl") as error: resume(folder)
+    assert "\n" not in str(error.value)
