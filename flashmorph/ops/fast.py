@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .chunked import CHUNK, OutAndState, Segment, chunks, gdn_backward, gdn_forward
-from .chunked import gla_backward, gla_forward, lightning_backward, lightning_forward
-from .chunked import token_decays
+from .chunked import CHUNK, Segment, chunks, gdn_backward, gdn_forward, gla_backward
+from .chunked import gla_forward, lightning_backward, lightning_forward, token_decays
 from .decays import Memory, channel_decays, doubling
-from .reference import check_gdn, check_gla, check_lightning, first_state
+from .reference import OutAndState, check_gdn, check_gla, check_lightning
+from .reference import first_state
 
 # %% ../../nbs/13_ops.fast.ipynb #d3aa5943
 SHARED = {"dq": "q since", "dk": "k until", "d near": "near", "steps": "near k",

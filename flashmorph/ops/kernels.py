@@ -14,31 +14,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .reference import check_lightning
+from .reference import OutAndState, check_lightning
 
 # %% ../../nbs/14_ops.kernels.ipynb #b982dfc7
 @triton.jit(do_not_specialize=["T", "L"])
 def scan_kernel(
-    x, y, z, out, start, end, log_decay, read, write, T, L, N, H,
-    sxb, sxt, sxh, syb, syt, syh, szb, szt, szh, sob, sot, soh, ssx, ssz, seb, ses,
-    DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
-    SHIFT: tl.constexpr, OUTPUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, z, out,       # (B, T, H, DX), twice, and (B, T, H, DZ), twice
+    start,              # (B, H, N, DX, DZ) or None
+    end,                # the last state, or without OUTPUT that of each segment, or None
+    log_decay, read, write, T, L, N, H,
+    sxb, sxt, sxh, syb, syt, syh,       # strides over rows, tokens and heads
+    szb, szt, szh, sob, sot, soh,
+    ssx, ssz, seb, ses, # of start over rows and columns, of end over heads and segments
+    DX: tl.constexpr, DZ: tl.constexpr,
+    BX: tl.constexpr, BZ: tl.constexpr,
+    C: tl.constexpr, SHIFT: tl.constexpr,
+    OUTPUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """`BZ` columns of one segment of one head: `out_t = read x_t S_t`, where
-    `S_t = exp(g) S_{t-1} + write y_t^T z_t`.
-
-    x, y (B, T, H, DX), z, out (B, T, H, DZ); start (B, H, N, DX, DZ) or None; end: the last state,
-    or without OUTPUT that of each segment."""
+    `S_t = exp(g) S_{t-1} + write y_t^T z_t`."""
     i_p = tl.program_id(0)
     NZ: tl.constexpr = (DZ + BZ - 1) // BZ
-    i_z, i_s = i_p % NZ, i_p // NZ % N
+    i_z = i_p % NZ
+    i_s = i_p // NZ % N
     i_bh = (i_p // NZ // N).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_c, o_x = tl.arange(0, C), tl.arange(0, BX)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_c = tl.arange(0, C)
+    o_x = tl.arange(0, BX)
     o_z = i_z * BZ + tl.arange(0, BZ)
-    m_x, m_z = (o_x < DX)[None, :], (o_z < DZ)[None, :]
+    m_x = (o_x < DX)[None, :]
+    m_z = (o_z < DZ)[None, :]
     m_s = (o_x < DX)[:, None] & m_z
-
     # What remains of token j at token i of a chunk, and of the state before the chunk at token i:
     # the same for all chunks. (exp(-200) is 0 already, and 0 * inf would be NaN.)
     b_g = tl.maximum(tl.load(log_decay + i_h).to(tl.float32), -200.)
@@ -56,48 +63,52 @@ def scan_kernel(
         if start is not None:
             p_start = start + (i_bh * N + i_s) * (DX * DZ)
             b_s += tl.load(p_start + o_x[:, None] * ssx + o_z[None, :] * ssz, mask=m_s, other=0.)
-
     for t in range(i_s * L, tl.minimum(i_s * L + L, T), C):
-        o_t, n = (t + o_c).to(tl.int64)[:, None], tl.minimum(T - t, C)
-        b_y = tl.load(p_y + o_t * syt, mask=(o_t < T) & m_x, other=0.).to(DOT)          # [C, BX]
-        b_z = tl.load(p_z + o_t * szt, mask=(o_t < T) & m_z, other=0.).to(DOT)          # [C, BZ]
+        o_t = (t + o_c).to(tl.int64)[:, None]
+        m_t = o_t < T
+        n = tl.minimum(T - t, C)
+        b_y = tl.load(p_y + o_t * syt, mask=m_t & m_x, other=0.).to(DOT)          # [C, BX]
+        b_z = tl.load(p_z + o_t * szt, mask=m_t & m_z, other=0.).to(DOT)          # [C, BZ]
         if OUTPUT:
             # Read: from within the chunk, and from the state before the chunk.
-            b_x = tl.load(p_x + o_t * sxt, mask=(o_t < T) & m_x, other=0.).to(DOT)      # [C, BX]
+            b_x = tl.load(p_x + o_t * sxt, mask=m_t & m_x, other=0.).to(DOT)      # [C, BX]
             b_a = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * b_within      # [C, C]
             b_o = tl.dot(b_x, b_s.to(DOT), input_precision=PRECISION)                   # [C, BZ]
             b_o = b_o * b_since[:, None]
             b_o = tl.dot(b_a.to(DOT), b_z, b_o, input_precision=PRECISION)
-            tl.store(p_o + o_t * sot, b_o.to(out.dtype.element_ty), mask=(o_t < T) & m_z)
+            tl.store(p_o + o_t * sot, b_o.to(out.dtype.element_ty), mask=m_t & m_z)
         # Write: the state fades, and takes the chunk in.
         b_until = tl.exp(b_g * tl.maximum(n - SHIFT - o_c, 0)) * write                  # [C]
         b_w = (b_z * b_until[:, None]).to(DOT)
         b_s = b_s * tl.exp(b_g * n)
         b_s = tl.dot(tl.trans(b_y), b_w, b_s, input_precision=PRECISION)                # [BX, BZ]
-
     if end is not None:
-        if (not OUTPUT) or (i_s == N - 1):
+        if not OUTPUT or i_s == N - 1:
             p_end = end + i_bh * seb + i_s * ses
             tl.store(p_end + o_x[:, None] * DZ + o_z[None, :], b_s, mask=m_s)
 
 # %% ../../nbs/14_ops.kernels.ipynb #00e6bb35
 @triton.jit(do_not_specialize=["L"])
-def carry_kernel(states, first, log_decay, L, N, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """states (B, H, N, SIZE): from what each segment adds to the state before each segment.
-
-    first (B, H, SIZE) or None."""
+def carry_kernel(
+    states,             # (B, H, N, SIZE)
+    first,              # (B, H, SIZE) or None
+    log_decay, L, N, H, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    "From what each segment adds to the state before each segment, in place."
     NB: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_p = tl.program_id(0)
-    i_bh, o_d = (i_p // NB).to(tl.int64), i_p % NB * BLOCK + tl.arange(0, BLOCK)
-    b_keep = tl.exp(tl.maximum(tl.load(log_decay + i_bh % H).to(tl.float32), -200.) * L)
+    i_bh = (i_p // NB).to(tl.int64)
+    o_d = i_p % NB * BLOCK + tl.arange(0, BLOCK)
+    m_d = o_d < SIZE
+    b_g = tl.load(log_decay + i_bh % H).to(tl.float32)
+    b_keep = tl.exp(tl.maximum(b_g, -200.) * L)
     p_s = states + i_bh * N * SIZE + o_d
     b_s = tl.zeros([BLOCK], dtype=tl.float32)
-    if first is not None:
-        b_s += tl.load(first + i_bh * SIZE + o_d, mask=o_d < SIZE, other=0.)
-    tl.store(p_s, b_s, mask=o_d < SIZE)
+    if first is not None: b_s += tl.load(first + i_bh * SIZE + o_d, mask=m_d, other=0.)
+    tl.store(p_s, b_s, mask=m_d)
     for n in range(1, N):
-        b_s = b_s * b_keep + tl.load(p_s + n * SIZE, mask=o_d < SIZE, other=0.)
-        tl.store(p_s + n * SIZE, b_s, mask=o_d < SIZE)
+        b_s = b_s * b_keep + tl.load(p_s + n * SIZE, mask=m_d, other=0.)
+        tl.store(p_s + n * SIZE, b_s, mask=m_d)
 
 # %% ../../nbs/14_ops.kernels.ipynb #6df62d70
 class Blocks(NamedTuple):
@@ -110,7 +121,6 @@ class Blocks(NamedTuple):
 HALF = {128: Blocks(32, 32, 4, 2), 256: Blocks(32, 16, 4, 2)}
 FULL = {32: Blocks(32, 32, 4, 2), 64: Blocks(16, 32, 4, 2), 128: Blocks(16, 32, 8, 1),
         256: Blocks(16, 32, 8, 1)}
-
 # (dtype, compute capability is at least 9) -> width of queries and keys up to -> Blocks
 BLOCKS: dict[tuple[torch.dtype, bool], dict[int, Blocks]] = {
     (torch.bfloat16, True): {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2),
@@ -133,21 +143,26 @@ def _device(x: Tensor) -> tuple[bool, int]:
     device = torch.cuda.get_device_properties(x.device)
     return device.major >= 9, device.multi_processor_count
 
+# %% ../../nbs/14_ops.kernels.ipynb #3afb8479
 def pick_blocks(y: Tensor, DZ: int) -> Blocks:
     "The blocks for keys `y` and values of width `DZ`."
-    table = BLOCKS[y.dtype, _device(y)[0]]
+    newer, _ = _device(y)
+    table = BLOCKS[y.dtype, newer]
     blocks = next(blocks for width, blocks in table.items() if y.shape[3] <= width)
     return blocks._replace(BZ=min(blocks.BZ, max(16, triton.next_power_of_2(DZ))))
 
+# %% ../../nbs/14_ops.kernels.ipynb #4ad1a974
 def segment_length(k: Tensor, v: Tensor) -> int:
     """Tokens a segment: all of them if rows and heads keep the GPU busy, else fewer.
 
     Fewer means so many segments that there are up to two programs per SM."""
-    (B, T, H, _), DZ = k.shape, v.shape[3]
+    B, T, H, _ = k.shape
+    DZ = v.shape[3]
     _, sms = _device(k)
     programs = max(1, B * H * triton.cdiv(DZ, pick_blocks(k, DZ).BZ))
-    N = 1 if programs * 4 >= sms * 3 else min(2 * sms // programs, T // SEGMENT)
-    return triton.cdiv(triton.cdiv(T, max(N, 1)), 64) * 64  # a multiple of every C
+    if programs * 4 >= sms * 3: N = 1
+    else: N = max(1, min(2 * sms // programs, T // SEGMENT))
+    return triton.cdiv(triton.cdiv(T, N), 64) * 64  # a multiple of every C
 
 # %% ../../nbs/14_ops.kernels.ipynb #de9337d9
 def _walk(a: Tensor | None, back: bool) -> tuple:
@@ -156,55 +171,56 @@ def _walk(a: Tensor | None, back: bool) -> tuple:
     b, t, h, _ = a.stride()
     return (a[:, -1:], b, -t, h) if back else (a, b, t, h)
 
+# %% ../../nbs/14_ops.kernels.ipynb #0ec161fe
 def _launch(x: Tensor | None, y: Tensor, z: Tensor, out: Tensor | None, start: Tensor | None,
-            end: Tensor | None, log_decay: Tensor, *, read: float, write: float, N: int, L: int,
-            back: bool, transposed: bool) -> None:
+            end: Tensor | None, log_decay: Tensor, *, N: int, L: int, read: float = 1.,
+            write: float = 1., back: bool = False, transposed: bool = False) -> None:
     """`scan_kernel` over all of `y` in `N` segments.
 
     `back`: from the last token to the first; `transposed`: `start` is `(..., DZ, DX)`."""
-    (B, T, H, DX), DZ = y.shape, z.shape[3]
-    blocks = pick_blocks(y, DZ)
+    B, T, H, DX = y.shape
+    DZ = z.shape[3]
+    C, BZ, warps, stages = pick_blocks(y, DZ)
+    BX = max(16, triton.next_power_of_2(DX))
     dot, precision = DOT[y.dtype]
     # Pointers, and the strides that go with them.
     (x, *sx), (y, *sy), (z, *sz), (out, *so) = (_walk(a, back) for a in (x, y, z, out))
     start_strides = (1, DX) if transposed else (DZ, 1)
-    per_segment = end is not None and end.ndim == 5
-    end_strides = end.stride(1) if end is not None else 0, DX * DZ if per_segment else 0
-    scan_kernel[(B * H * N * triton.cdiv(DZ, blocks.BZ),)](
+    end_strides = (0, 0)
+    if end is not None: end_strides = (end.stride(1), DX * DZ if end.ndim == 5 else 0)
+    programs = B * H * N * triton.cdiv(DZ, BZ)
+    scan_kernel[(programs,)](
         x, y, z, out, start, end, log_decay, read, write, T, L, N, H,
         *sx, *sy, *sz, *so, *start_strides, *end_strides,
-        DX=DX, DZ=DZ, BX=max(16, triton.next_power_of_2(DX)), BZ=blocks.BZ, C=blocks.C,
-        SHIFT=0 if back else 1, OUTPUT=out is not None, DOT=dot, PRECISION=precision,
-        num_warps=blocks.warps, num_stages=blocks.stages)
+        DX=DX, DZ=DZ, BX=BX, BZ=BZ, C=C, SHIFT=0 if back else 1, OUTPUT=out is not None,
+        DOT=dot, PRECISION=precision, num_warps=warps, num_stages=stages)
 
 # %% ../../nbs/14_ops.kernels.ipynb #4e000004
-def _starts(y: Tensor, z: Tensor, log_decay: Tensor, first: Tensor | None, *, write: float, L: int,
-            back: bool = False) -> Tensor | None:
-    """The state before each segment, `(B, H, N, DX, DZ)`: phases 1 and 2.
-
-    With one segment that is `first`, which may be `None`."""
-    (B, T, H, DX), DZ = y.shape, z.shape[3]
+def _starts(y: Tensor, z: Tensor, log_decay: Tensor, first: Tensor | None, L: int, *,
+            write: float = 1., back: bool = False) -> Tensor | None:
+    "Phases 1 and 2: the states before segments, `(B, H, N, DX, DZ)`; with one segment `first`."
+    B, T, H, DX = y.shape
+    DZ = z.shape[3]
     N = triton.cdiv(T, L)
     if N == 1: return first
     states = torch.empty(B, H, N, DX, DZ, dtype=torch.float32, device=y.device)
-    _launch(None, y, z, None, None, states[:, :, 1:], log_decay, read=1., write=write, N=N - 1,
-            L=L, back=back, transposed=False)
-    BLOCK = 1024
-    carry_kernel[(B * H * triton.cdiv(DX * DZ, BLOCK),)](
-        states, first, log_decay, L, N, H, SIZE=DX * DZ, BLOCK=BLOCK, num_warps=4)
+    added = states[:, :, 1:]
+    _launch(None, y, z, None, None, added, log_decay, N=N - 1, L=L, write=write, back=back)
+    cut = {"SIZE": DX * DZ, "BLOCK": 1024}
+    programs = B * H * triton.cdiv(DX * DZ, 1024)
+    carry_kernel[(programs,)](states, first, log_decay, L, N, H, **cut, num_warps=4)
     return states
 
-def _scan(x: Tensor, y: Tensor, z: Tensor, log_decay: Tensor, start: Tensor | None, *, read: float,
-          write: float, L: int, back: bool = False, transposed: bool = False,
+# %% ../../nbs/14_ops.kernels.ipynb #049bef62
+def _scan(x: Tensor, y: Tensor, z: Tensor, log_decay: Tensor, start: Tensor | None, L: int, *,
+          read: float = 1., write: float = 1., back: bool = False, transposed: bool = False,
           final: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Outputs `(B, T, H, DZ)` of the scan, each segment from its `start`: phase 3.
-
-    And the last state `(B, H, DX, DZ)` if `final`."""
-    (B, T, H, DX), DZ = y.shape, z.shape[3]
-    out = torch.empty(B, T, H, DZ, dtype=z.dtype, device=z.device)
+    "Phase 3: outputs `(B, T, H, DZ)`, and if `final` the last state `(B, H, DX, DZ)`, else None."
+    B, T, H, DX = y.shape
+    out = torch.empty(B, T, H, z.shape[3], dtype=z.dtype, device=z.device)
     end = None
-    if final: end = torch.empty(B, H, DX, DZ, dtype=torch.float32, device=z.device)
-    _launch(x, y, z, out, start, end, log_decay, read=read, write=write, N=triton.cdiv(T, L), L=L,
+    if final: end = torch.empty(B, H, DX, z.shape[3], dtype=torch.float32, device=z.device)
+    _launch(x, y, z, out, start, end, log_decay, N=triton.cdiv(T, L), L=L, read=read, write=write,
             back=back, transposed=transposed)
     return out, end
 
@@ -214,31 +230,28 @@ class _Lightning(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_decay, state, scale):
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.L = scale, segment_length(k, v)
-        starts = _starts(k, v, log_decay, state, write=1., L=ctx.L)
+        ctx.scale = scale
+        ctx.L = segment_length(k, v)
+        starts = _starts(k, v, log_decay, state, ctx.L)
         ctx.save_for_backward(q, k, v, log_decay, starts)
-        return _scan(q, k, v, log_decay, starts, read=scale, write=1., L=ctx.L, final=True)
+        return _scan(q, k, v, log_decay, starts, ctx.L, read=scale, final=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dS):
         q, k, v, g, starts = ctx.saved_tensors
-        scale, L = ctx.scale, ctx.L
+        scale = ctx.scale
         need_q, need_k, need_v, _, need_state, _ = ctx.needs_input_grad
         do = torch.zeros_like(v) if do is None else _rows(do)
         dq = dk = dv = dstate = None
-        if need_q:
-            dq, _ = _scan(do, v, k, g, starts, read=scale, write=1., L=L, transposed=True)
+        if need_q: dq, _ = _scan(do, v, k, g, starts, ctx.L, read=scale, transposed=True)
         if not (need_k or need_v or need_state): return dq, None, None, None, None, None
-
         # The other gradients run from the last token to the first.
         dS = None if dS is None else dS.contiguous()
-        ends = _starts(q, do, g, dS, write=scale, L=L, back=True)
-        if need_k:
-            dk, _ = _scan(v, do, q, g, ends, read=1., write=scale, L=L, back=True, transposed=True)
-        if need_v or need_state:
-            dv, dstate = _scan(k, q, do, g, ends, read=1., write=scale, L=L, back=True,
-                               final=need_state)
+        ends = _starts(q, do, g, dS, ctx.L, write=scale, back=True)
+        back = {"L": ctx.L, "write": scale, "back": True}
+        if need_k: dk, _ = _scan(v, do, q, g, ends, transposed=True, **back)
+        if need_v or need_state: dv, dstate = _scan(k, q, do, g, ends, final=need_state, **back)
         return dq, dk, dv, None, dstate, None
 
 # %% ../../nbs/14_ops.kernels.ipynb #719b7e59
@@ -248,13 +261,14 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> str:
         return f"the kernels need a CUDA device, q is on {q.device}"
     devices = {str(x.device) for x in (q, k, v, *others) if x is not None}
     if len(devices) > 1: return f"tensors on several devices: {', '.join(sorted(devices))}"
-    wrong = next((x.dtype for x in (q, k, v) if x.dtype not in DOT), None)
-    if wrong is not None:
-        return f"the kernels take bfloat16, float16 or float32 inputs, not {wrong}"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"the kernels take head widths up to 256, got {q.shape[-1]} and {v.shape[-1]}"
+    for x in (q, k, v):
+        if x.dtype in DOT: continue
+        return f"the kernels take bfloat16, float16 or float32 inputs, not {x.dtype}"
+    Dk, Dv = q.shape[-1], v.shape[-1]
+    if max(Dk, Dv) > 256: return f"the kernels take head widths up to 256, got {Dk} and {Dv}"
     return ""
 
+# %% ../../nbs/14_ops.kernels.ipynb #29d0508f
 def _rows(x: Tensor) -> Tensor: return x if x.stride(-1) == 1 else x.contiguous()
 
 def _on(x: Tensor):
@@ -263,7 +277,7 @@ def _on(x: Tensor):
 
 # %% ../../nbs/14_ops.kernels.ipynb #4e000007
 def lightning(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None,
-              state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+              state: Tensor | None = None) -> OutAndState:
     """Lightning attention in Triton kernels, as `flashmorph.ops.reference.lightning`.
 
     Gradients for `q`, `k`, `v` and `state`, which is float32. Raises `ValueError` also for what the
@@ -277,9 +291,10 @@ def lightning(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: floa
         reason = "the kernel has no gradient for log_decay; detach it"
     if reason: raise ValueError(f"{reason}; flashmorph.ops.fast.lightning takes any tensors")
     out_dtype = v.dtype
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), out_dtype)
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    dtype = torch.promote_types(dtype, out_dtype)
     q, k, v = (_rows(x.to(dtype)) for x in (q, k, v))
     state = None if state is None else state.float().contiguous()
-    with _on(q):
-        o, S = _Lightning.apply(q, k, v, log_decay.detach().float().contiguous(), state, scale)
+    g = log_decay.detach().float().contiguous()
+    with _on(q): o, S = _Lightning.apply(q, k, v, g, state, scale)
     return o.to(out_dtype), S

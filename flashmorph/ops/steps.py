@@ -11,30 +11,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from . import kernels
-from .reference import check_gdn, check_gla, check_lightning
+from .reference import OutAndState, check_gdn, check_gla, check_lightning
 
 # %% ../../nbs/15_ops.steps.ipynb #20616f29
 @triton.jit
 def step_kernel(
-    q, k, v, log_decay, beta, state, new, out, scale, H,
-    sqb, sqh, skb, skh, svb, svh, sgb, sgh, sgd, sbb, sbh,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, k,               # (B, 1, H, DK)
+    v,                  # (B, 1, H, DV)
+    log_decay,          # read where there is a state: (B, 1, H) or (B, 1, H, DK)
+    beta,               # (B, 1, H) or None
+    state, new,         # (B, H, DK, DV), may be the same; state may be None
+    out,                # (B, 1, H, DV)
+    scale, H,
+    sqb, sqh,           # strides of q over rows and heads
+    skb, skh,
+    svb, svh,
+    sgb, sgh, sgd,      # of log_decay, over rows of the state, too
+    sbb, sbh,
+    DK: tl.constexpr, DV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):
-    """One token of `BV` columns of one head.
-
-    state, new: (B, H, DK, DV), may be the same; state and beta may be None; out: (B, 1, H, DV)."""
+    "One token of `BV` columns of one head."
     NV: tl.constexpr = (DV + BV - 1) // BV
     i_p = tl.program_id(0)
-    i_v, i_bh = i_p % NV, (i_p // NV).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < DK, o_v < DV
+    i_v = i_p % NV
+    i_bh = (i_p // NV).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < DK
+    m_v = o_v < DV
     o_s = i_bh * (DK * DV) + o_k[:, None] * DV + o_v[None, :]
     m_s = m_k[:, None] & m_v[None, :]
 
-    b_q = tl.load(q + i_b * sqb + i_h * sqh + o_k, mask=m_k, other=0.).to(tl.float32) * scale
-    b_k = tl.load(k + i_b * skb + i_h * skh + o_k, mask=m_k, other=0.).to(tl.float32)
-    b_v = tl.load(v + i_b * svb + i_h * svh + o_v, mask=m_v, other=0.).to(tl.float32)
+    # The token, in float32.
+    p_q = q + i_b * sqb + i_h * sqh + o_k
+    p_k = k + i_b * skb + i_h * skh + o_k
+    p_v = v + i_b * svb + i_h * svh + o_v
+    b_q = tl.load(p_q, mask=m_k, other=0.).to(tl.float32) * scale
+    b_k = tl.load(p_k, mask=m_k, other=0.).to(tl.float32)
+    b_v = tl.load(p_v, mask=m_v, other=0.).to(tl.float32)
+
+    # The state fades, answers the key, takes the token in, and is read.
     b_s = tl.zeros([BK, BV], dtype=tl.float32)
     if state is not None:
         p_g = log_decay + i_b * sgb + i_h * sgh + o_k * sgd
@@ -42,7 +61,8 @@ def step_kernel(
         b_s += tl.load(state + o_s, mask=m_s, other=0.) * tl.exp(b_g)[:, None]
     if beta is not None:
         b_beta = tl.load(beta + i_b * sbb + i_h * sbh).to(tl.float32)
-        b_v = (b_v - tl.sum(b_k[:, None] * b_s, 0)) * b_beta
+        b_answer = tl.sum(b_k[:, None] * b_s, 0)
+        b_v = (b_v - b_answer) * b_beta
     b_s += b_k[:, None] * b_v[None, :]
     tl.store(new + o_s, b_s, mask=m_s)
     b_o = tl.sum(b_q[:, None] * b_s, 0)
@@ -60,39 +80,57 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | 
     if q.shape[1] != 1: return f"a step takes one token, got T = {q.shape[1]}"
     return kernels.unsupported(*tensors)
 
+# %% ../../nbs/15_ops.steps.ipynb #301c44b6
 def _strides(x: Tensor | None) -> tuple[int, int]:
     "Over rows and heads."
     return (0, 0) if x is None else (x.stride(0), x.stride(2))
 
+def _columns(q: Tensor, v: Tensor) -> int:
+    "Columns of the state a program: 32, or with few heads 16, to use more SMs."
+    B, _, H, _ = q.shape
+    programs = B * H * triton.cdiv(v.shape[3], 32)
+    _, sms = kernels._device(q)
+    return 32 if programs >= sms else 16
+
 # %% ../../nbs/15_ops.steps.ipynb #57000009
-def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, scale: float,
-          state: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
-    "Launch `step_kernel` on tensors whose shapes are known to fit."
-    reason = _refusal(q, k, v, log_decay, beta, state, inplace)
-    if reason: raise ValueError(reason)
-    (B, _, H, DK), DV = q.shape, v.shape[3]
-    q, k, v = (kernels._rows(x) for x in (q, k, v))
-    # The new state goes to the old one's memory if asked to.
+def _rooms(q: Tensor, v: Tensor, state: Tensor | None,
+           inplace: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    "The state as the kernel takes it, and memory for the new state and the output."
+    B, _, H, DK = q.shape
+    DV = v.shape[3]
     if state is not None: state = state.float().contiguous()
     new = state if inplace else None
     if new is None: new = torch.empty(B, H, DK, DV, dtype=torch.float32, device=q.device)
     out = torch.empty(B, 1, H, DV, dtype=v.dtype, device=q.device)
+    return state, new, out
+
+# %% ../../nbs/15_ops.steps.ipynb #956cf069
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, scale: float,
+          state: Tensor | None, inplace: bool) -> OutAndState:
+    "Launch `step_kernel` on tensors whose shapes are known to fit."
+    reason = _refusal(q, k, v, log_decay, beta, state, inplace)
+    if reason: raise ValueError(reason)
+    B, _, H, DK = q.shape
+    DV = v.shape[3]
+    q, k, v = (kernels._rows(x) for x in (q, k, v))
+    state, new, out = _rooms(q, v, state, inplace)
+    # Decays for rows, heads, and in `gla` for each row of the state.
     g = log_decay if log_decay.ndim > 1 else log_decay.expand(B, 1, H)
     per_row = g.stride(3) if g.ndim == 4 else 0
-    # With few heads narrower blocks, on more SMs.
-    BV = 32 if B * H * triton.cdiv(DV, 32) >= kernels._device(q)[1] else 16
+    strides = [*_strides(q), *_strides(k), *_strides(v), *_strides(g), per_row, *_strides(beta)]
+    BK = max(16, triton.next_power_of_2(DK))
+    BV = _columns(q, v)
+    programs = B * H * triton.cdiv(DV, BV)
     with kernels._on(q):
-        step_kernel[(B * H * triton.cdiv(DV, BV),)](
-            q, k, v, g, beta, state, new, out, scale, H,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(g), per_row, *_strides(beta),
-            DK=DK, DV=DV, BK=max(16, triton.next_power_of_2(DK)), BV=BV, num_warps=4)
+        step_kernel[(programs,)](q, k, v, g, beta, state, new, out, scale, H, *strides,
+                                 DK=DK, DV=DV, BK=BK, BV=BV, num_warps=4)
     return out, new
 
 # %% ../../nbs/15_ops.steps.ipynb #8f9d4f24
 def lightning_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None,
-    state: Tensor | None = None, inplace: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *,
+    scale: float | None = None, state: Tensor | None = None, inplace: bool = False,
+) -> OutAndState:
     """One token of `flashmorph.ops.reference.lightning` in one launch, without gradients.
 
     `inplace` overwrites `state`, which must be float32 and contiguous. Raises `ValueError` on
@@ -100,18 +138,20 @@ def lightning_step(
     scale = check_lightning(q, k, v, log_decay, scale, state)
     return _step(q, k, v, log_decay, None, scale, state, inplace)
 
+# %% ../../nbs/15_ops.steps.ipynb #cf428255
 def gla_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None,
-    state: Tensor | None = None, inplace: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *,
+    scale: float | None = None, state: Tensor | None = None, inplace: bool = False,
+) -> OutAndState:
     "One token of `flashmorph.ops.reference.gla` in one launch; as `lightning_step`."
     scale = check_gla(q, k, v, log_decay, scale, state)
     return _step(q, k, v, log_decay, None, scale, state, inplace)
 
+# %% ../../nbs/15_ops.steps.ipynb #5f7f4ac6
 def gdn_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *,
     scale: float | None = None, state: Tensor | None = None, inplace: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> OutAndState:
     "One token of `flashmorph.ops.reference.gdn` in one launch; as `lightning_step`."
     scale = check_gdn(q, k, v, log_decay, beta, scale, state)
     return _step(q, k, v, log_decay, beta, scale, state, inplace)
