@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import traitlets as T
 from ..choose.gates import GateRun
 from ..selection import Ranking, check_budget, check_pins, top_k
-from .look import FULL, LINEAR, Figure, styled
+from .look import FULL, LINEAR, Figure, layer_step, styled
 from .widget import Widget, allowed
 
 # %% auto #0
@@ -38,7 +38,8 @@ class Choice:
         "With `layer` pinned `\"full\"` or `\"linear\"`, or free (`None`)."
         if kind not in ("full", "linear", None):
             raise ValueError(f"kind: expected 'full', 'linear' or None, got {kind!r}")
-        pins = {how: set(getattr(self, how)) - {layer} for how in ("full", "linear")}
+        pins = {"full": set(self.full), "linear": set(self.linear)}
+        for layers in pins.values(): layers.discard(layer)
         if kind is not None: pins[kind].add(layer)
         return replace(self, full=tuple(pins["full"]), linear=tuple(pins["linear"]))
 
@@ -53,10 +54,13 @@ CHOICE = ("budget", "pinned_full", "pinned_linear", "history")
 
 def state_of(choice: Choice) -> dict[str, Any]:
     "A choice as the front end knows it."
-    pins = {"pinned_full": list(choice.full), "pinned_linear": list(choice.linear)}
-    return {"budget": choice.budget, **pins}
+    return {
+        "budget": choice.budget,
+        "pinned_full": list(choice.full),
+        "pinned_linear": list(choice.linear),
+    }
 
-
+# %% ../../nbs/75_show.chooser.ipynb #44938560
 def choice_of(num_layers: int, state: Mapping[str, Any]) -> Choice:
     "A choice from what the front end sends. Raises `ValueError` or `TypeError` for anything else."
     try: full, linear = (tuple(state[name]) for name in CHOICE[1:3])
@@ -72,15 +76,20 @@ class History:
 
     def go(self, to: Choice) -> History:
         "Change to another choice; the same choice is no change."
-        return self if to == self.now else History(to, (*self.past, self.now)[-100:])
+        if to == self.now: return self
+        past = (*self.past, self.now)
+        return History(to, past[-100:])
 
     def undo(self) -> History:
         "Take back the last change, if there is any."
-        return History(self.past[-1], self.past[:-1]) if self.past else self
+        if not self.past: return self
+        *before, last = self.past
+        return History(last, tuple(before))
 
     def state(self) -> dict[str, Any]:
         "As the front end knows it, a value for each name of `CHOICE`."
-        return {**state_of(self.now), "history": [state_of(choice) for choice in self.past]}
+        past = [state_of(choice) for choice in self.past]
+        return {**state_of(self.now), "history": past}
 
     @classmethod
     def read(cls, num_layers: int, state: Mapping[str, Any]) -> History:
@@ -111,7 +120,8 @@ class Chooser(Widget):
     @T.validate(*CHOICE)
     def _agrees(self, proposal: Any) -> Any:
         name = proposal["trait"].name
-        return allowed(lambda: self.heard(**{name: proposal["value"]})).state()[name]
+        history = allowed(lambda: self.heard(**{name: proposal["value"]}))
+        return history.state()[name]
 
     @T.observe(*CHOICE[:3])
     def _changed(self, change: Any) -> None:
@@ -160,32 +170,55 @@ def scores_of(ranking: Ranking) -> tuple[float, ...]:
     return tuple(1 - ranking.order.index(i) / L for i in range(L))
 
 # %% ../../nbs/75_show.chooser.ipynb #ccd696d0
+def _colors(ranking: Ranking, choice: Choice) -> list[int]:
+    "1 for each layer of full attention, 0 for the others."
+    chosen = choice.layers(ranking.order)
+    return [int(i in chosen) for i in range(ranking.num_layers)]
+
+# %% ../../nbs/75_show.chooser.ipynb #3bad344f
+def _frames(ranking: Ranking, choice: Choice) -> list[go.Frame]:
+    "A frame for each budget that the pins allow, named after the budget."
+    low = len(choice.full)
+    high = ranking.num_layers - len(choice.linear)
+    frames = []
+    for k in range(low, high + 1):
+        colors = _colors(ranking, replace(choice, budget=k))
+        bar = go.Bar(marker={"color": colors})
+        frames.append(go.Frame(name=str(k), data=[bar], traces=[0]))
+    return frames
+
+# %% ../../nbs/75_show.chooser.ipynb #371f7481
+def _slider(frames: Sequence[go.Frame], active: int) -> dict[str, Any]:
+    "A slider with a step for each frame; `active` is the number of the present one."
+    now = {
+        "mode": "immediate",
+        "frame": {"duration": 0, "redraw": True},
+        "transition": {"duration": 0},
+    }
+    steps = []
+    for frame in frames:
+        show = [[frame.name], now]
+        steps.append({"method": "animate", "label": frame.name, "args": show})
+    prefix = {"prefix": "budget "}
+    return {"active": active, "steps": steps, "pad": {"t": 48}, "currentvalue": prefix}
+
+# %% ../../nbs/75_show.chooser.ipynb #02de36d4
 def budget_figure(ranking: Ranking, choice: Choice, name: str = "gate") -> Figure:
     """Scores as bars, coloured by the set that `ranking` and `choice` give.
 
     A slider moves the budget, without a kernel. `name`: what the scores are."""
     L = ranking.num_layers
-    low, high = len(choice.full), L - len(choice.linear)
-    def colors(budget: int) -> list[int]:
-        chosen = replace(choice, budget=budget).layers(ranking.order)
-        return [int(i in chosen) for i in range(L)]
-    marker = {"color": colors(choice.budget), "cmin": 0, "cmax": 1, "showscale": False,
-              "colorscale": [[0, LINEAR], [1, FULL]]}
+    marker = {
+        "color": _colors(ranking, choice), "cmin": 0, "cmax": 1,
+        "colorscale": [[0, LINEAR], [1, FULL]], "showscale": False,
+    }
     fig = go.Figure(go.Bar(
         x=list(range(L)), y=[round(score, 4) for score in scores_of(ranking)], marker=marker,
         showlegend=False, hovertemplate="<b>layer %{x}</b>: %{y:.3f}<extra></extra>"))
-    # a frame and a step of the slider for each budget
-    now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True},
-           "transition": {"duration": 0}}
-    frames, steps = [], []
-    for k in range(low, high + 1):
-        bar = go.Bar(marker={"color": colors(k)})
-        frames.append(go.Frame(name=str(k), data=[bar], traces=[0]))
-        steps.append({"method": "animate", "label": str(k), "args": [[str(k)], now]})
-    fig.frames = frames
-    fig.update_xaxes(title="layer", showgrid=False, dtick=1 if L <= 32 else 4 if L <= 64 else 8)
+    fig.frames = _frames(ranking, choice)
+    fig.update_xaxes(title="layer", showgrid=False, dtick=layer_step(L))
     fig.update_yaxes(title=name)
-    slider = {"active": choice.budget - low, "steps": steps, "pad": {"t": 48},
-              "currentvalue": {"prefix": "budget "}}
     fig = styled(fig, "Layers that keep full attention", 400, bargap=0.2)
+    # the first frame has the lowest budget, that of the pins
+    slider = _slider(fig.frames, choice.budget - len(choice.full))
     return fig.update_layout(sliders=[slider])

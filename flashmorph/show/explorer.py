@@ -33,23 +33,25 @@ class Counted(Chooser):
     "A chooser that knows what the set costs, at a context length that the front end may change."
     costs = T.Dict().tag(sync=True)             # metrics, and a `cost_table` for each context
     context = T.Int(4096).tag(sync=True)        # tokens
-    _counts: Any = None                         # a function: layers, context -> Cost
+    _model: CostModel | None = None
+    _dtype = torch.bfloat16
 
     def count_with(self, config: Any, mixer: str) -> int:
         "Count the hybrids of `config` from now on; returns their number of layers."
-        model = CostModel(config, mixer)
-        dtype = getattr(config, "dtype", None) or torch.bfloat16
-        self._table = lambda context: cost_table(model, context, dtype)
-        self._counts = lambda layers, context: model(layers, context=context, dtype=dtype)
-        contexts = sorted({self.context, *(2 ** n for n in range(8, 21))})
-        tables = {str(context): self._table(context) for context in contexts}
+        self._model = CostModel(config, mixer)
+        self._dtype = getattr(config, "dtype", None) or torch.bfloat16
+        contexts = {self.context, *(2 ** n for n in range(8, 21))}
+        tables = {}
+        for context in sorted(contexts):
+            tables[str(context)] = cost_table(self._model, context, self._dtype)
         self.costs = {"metrics": [vars(metric) for metric in METRICS], "tables": tables}
-        return model.num_layers
+        return self._model.num_layers
 
     @property
     def cost(self) -> Cost | None:
         "What the present set costs at `context`, if a configuration is known."
-        return self._counts and self._counts(self.layers, self.context)
+        if self._model is None: return None
+        return self._model(self.layers, context=self.context, dtype=self._dtype)
 
     @T.validate("context")
     def _is_length(self, proposal: Any) -> int:
@@ -59,9 +61,10 @@ class Counted(Chooser):
 
     @T.observe("context")
     def _count(self, change: Any) -> None:
-        tables = self.costs.get("tables")
-        if tables is None or str(change["new"]) in tables: return
-        tables = {**tables, str(change["new"]): self._table(change["new"])}
+        context = change["new"]
+        if self._model is None or str(context) in self.costs["tables"]: return
+        table = cost_table(self._model, context, self._dtype)
+        tables = {**self.costs["tables"], str(context): table}
         self.costs = {**self.costs, "tables": tables}
 
 # %% ../../nbs/76_show.explorer.ipynb #e0186774
@@ -82,6 +85,12 @@ def _asked(rows: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, int]:
     return asked
 
 # %% ../../nbs/76_show.explorer.ipynb #e1a35808
+def _force(model: MorphableModel, layers: Iterable[int]) -> None:
+    "Force full attention in `layers` and linear branches elsewhere, without writing gates."
+    chosen = set(layers)
+    for layer in model.layers: layer.forced = float(layer.layer_idx in chosen)
+
+# %% ../../nbs/76_show.explorer.ipynb #9be80d86
 class RecallMeter:
     """Zero-shot recall of sets of layers of a morphable model, always on the same rows of `books`.
 
@@ -103,9 +112,7 @@ class RecallMeter:
 
         After each batch `progress` gets its number of rows; `None` once it returns false."""
         if not self.rows: self.rows = list(itertools.islice(self.books, self.count))
-        # force the branches, without writing gates
-        chosen = set(layers)
-        for layer in self.model.layers: layer.forced = float(layer.layer_idx in chosen)
+        _force(self.model, layers)
         # sums over batches, weighted by what each asks for
         total = {"recall": 0.0, "exact": 0.0}
         for start in range(0, len(self.rows), self.batch_size):
@@ -116,25 +123,29 @@ class RecallMeter:
         return {key: total[key] / n for key, n in _asked(self.rows).items()}
 
 # %% ../../nbs/76_show.explorer.ipynb #c5e5b649
-NEEDED = "a morphable model and books: BudgetExplorer(run, model, books=...)"
-
-
-def _masks(which: Any, chooser: Chooser) -> list[str]:
-    "The sets that `Measured.measure` is asked for."
-    # the sets that the order gives, one a budget
+def _nested(chooser: Chooser) -> list[str]:
+    "The sets that the order alone gives, one a budget, as masks."
     L = len(chooser.order)
-    nested = [mask_of(chooser.order[:k], L) for k in range(L + 1)]
+    return [mask_of(chooser.order[:k], L) for k in range(L + 1)]
+
+# %% ../../nbs/76_show.explorer.ipynb #eb5b7e95
+def _masks(which: Any, chooser: Chooser) -> list[str]:
+    "The sets that `measure` is asked for."
+    L = len(chooser.order)
     here = mask_of(chooser.layers, L)
     if which == "this": return [here]
-    if which == "budgets": return nested
+    if which == "budgets": return _nested(chooser)
     if which == "methods":
-        others = [method["sets"][chooser.budget] for method in chooser.others]
-        return [here, nested[chooser.budget], *filter(None, others)]
+        others = [m["sets"][chooser.budget] for m in chooser.others]
+        return [here, _nested(chooser)[chooser.budget], *filter(None, others)]
     if isinstance(which, str) or not isinstance(which, Iterable):
         raise ValueError(f"which: expected 'this', 'methods', 'budgets' or sets, got {which!r}")
     return [mask_of(layers, L) for layers in which]
 
 # %% ../../nbs/76_show.explorer.ipynb #0451e4fe
+NEEDED = "a morphable model and books: BudgetExplorer(run, model, books=...)"
+
+
 class Measured(Chooser):
     "A chooser that measures recall in a thread, one set after the other."
     recalls = T.Dict().tag(sync=True)                 # scores by mask
@@ -160,8 +171,8 @@ class Measured(Chooser):
         if self._meter is None: raise ValueError(f"measuring needs {NEEDED}")
         if self._thread is not None and self._thread.is_alive():
             raise ValueError("still measuring: wait() for it, or stop()")
-        masks = _masks(which, self)
-        todo = [mask for mask in dict.fromkeys(masks) if mask not in self.recalls]
+        masks = dict.fromkeys(_masks(which, self))
+        todo = [mask for mask in masks if mask not in self.recalls]
         self.error = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(todo,), daemon=True)
@@ -228,8 +239,9 @@ def summary(selection: Selection, cost: Cost | None, recall: float | None) -> st
 def _config_for(model: Any, folder: Path | None) -> Any:
     "What costs are counted from: the model, or the hybrid in the run folder, if there is any."
     if model is not None: return model.config
-    if folder is None or not (folder / "hybrid" / "config.json").is_file(): return None
-    return HybridConfig.from_pretrained(folder / "hybrid")
+    if folder is None: return None
+    hybrid = folder / "hybrid"
+    return HybridConfig.from_pretrained(hybrid) if (hybrid / "config.json").is_file() else None
 
 # %% ../../nbs/76_show.explorer.ipynb #818e725c
 def _check_size(found: int, expected: int, what: str) -> None:
@@ -258,21 +270,24 @@ class BudgetExplorer(Counted, Measured, Committed):
                  context: int = 4096, compare: Mapping[str, Any] | None = None,
                  mixer: str | None = None, count: int = 32, batch_size: int = 8,
                  full: Iterable[int] = (), linear: Iterable[int] = ()):
-        self.ranking, self.model = ranking_of(run), model
+        self.model = model
+        self.ranking = ranking_of(run)
         L = self.ranking.num_layers
-        now = Choice(L, max(1, L // 4) if budget is None else budget, tuple(full), tuple(linear))
-        methods = {"uniform": lambda k: uniform(L, k)} if compare is None else compare
+        if budget is None: budget = max(1, L // 4)
+        now = Choice(L, budget, tuple(full), tuple(linear))
+        if compare is None: compare = {"uniform": lambda k: uniform(L, k)}
         super().__init__(
             order=list(self.ranking.order), scores=list(scores_of(self.ranking)), context=context,
-            others=method_sets(methods, L), begun=state_of(now), **History(now).state())
+            others=method_sets(compare, L), begun=state_of(now), **History(now).state())
         self.show(History(now))
-        place = run if folder is None and isinstance(run, (str, Path)) else folder
-        self.folder = None if place is None else Path(place)
+        if folder is None and isinstance(run, (str, Path)): folder = run
+        if folder is not None: self.folder = Path(folder)
         # a meter checks the model, so it is made first
-        meter = None if model is None else RecallMeter(model, books or (), count, batch_size)
-        if meter is not None: _check_size(model.num_layers, L, "the model")
-        if meter is not None and books is not None: self.measure_with(meter)
-        config = _config_for(model, self.folder) if config is None else config
+        if model is not None:
+            meter = RecallMeter(model, books or (), count, batch_size)
+            _check_size(model.num_layers, L, "the model")
+            if books is not None: self.measure_with(meter)
+        if config is None: config = _config_for(model, self.folder)
         if config is None: return
         own = getattr(model, "mixer", None) or str(getattr(config, "mixer", "lightning"))
         _check_size(self.count_with(config, mixer or own), L, "the configuration")

@@ -212,16 +212,21 @@ def selection_figure(selections: Sequence[Selection]) -> Figure:
     return fig.update_layout(legend=ABOVE)
 
 # %% ../../nbs/71_show.figures.ipynb #620c4e4b
+def _recalls(results: Results, stage: str) -> list[float | None]:
+    "The recall of every model after `stage`, in percent; `None` where the recall is unknown."
+    shares = [model.score(stage, "recall") for model in results.models]
+    return [None if share is None else 100 * share for share in shares]
+
+# %% ../../nbs/71_show.figures.ipynb #b0e6c5c5
 def _recall_bars(fig: go.Figure, results: Results, stage: str, color: str) -> None:
-    "Draw the recall of every model after `stage`, in percent; a gap where the recall is unknown."
+    "Draw the recall of every model after `stage`."
     name = html.escape(label(stage))
-    names = [html.escape(label(model.method)) for model in results.models]
-    recalls = [model.score(stage, "recall") for model in results.models]
-    heights = [None if r is None else 100 * r for r in recalls]
-    texts = ["" if y is None else rounded(y, 1) for y in heights]
+    methods = [html.escape(label(model.method)) for model in results.models]
+    recalls = _recalls(results, stage)
+    texts = ["" if recall is None else rounded(recall, 1) for recall in recalls]
     hover = f"<b>%{{x}}</b>, {name}: recalls %{{y:.1f}}% of the answer tokens<extra></extra>"
     fig.add_bar(
-        x=names, y=heights, name=name, marker={"color": color}, hovertemplate=hover,
+        x=methods, y=recalls, name=name, marker={"color": color}, hovertemplate=hover,
         text=texts, textposition="outside", cliponaxis=False)
 
 # %% ../../nbs/71_show.figures.ipynb #fbf122f3

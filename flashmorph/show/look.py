@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
 
-
+# %% ../../nbs/70_show.look.ipynb #6d109483
 class Figure(go.Figure):
     "A plotly figure that shows itself with `CONFIG`, in notebooks and in HTML."
     def show(self, *args, **kwargs):
@@ -139,17 +139,21 @@ class Rows:
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
+def _look(row: int) -> dict[str, Any]:
+    "The line of a row; seven colours times six dashes tell 42 rows apart."
+    return {"color": OKABE_ITO[row % 7], "dash": DASHES[row // 7 % 6], "width": 2}
+
+# %% ../../nbs/70_show.look.ipynb #808d5f47
 def _lines(rows: Rows, visible: bool) -> list[go.Scatter]:
-    "One line a row; seven colours times six dashes tell 42 rows apart."
+    "One line a row, in the look of the row."
     mode = "lines" if len(rows.x) > 1 else "markers"
     notes = rows.notes or [""] * len(rows.values)
     traces = []
     for i, (y, note) in enumerate(zip(rows.numbers, notes)):
-        look = {"color": OKABE_ITO[i % 7], "dash": DASHES[i // 7 % 6], "width": 2}
         hover = rows.text(str(i), "y", note)
         line = go.Scatter(
             x=packed(rows.x), y=y, name=f"{rows.of} {i}", mode=mode,
-            line=look, visible=visible, hovertemplate=hover)
+            line=_look(i), visible=visible, hovertemplate=hover)
         traces.append(line)
     return traces
 

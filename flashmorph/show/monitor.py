@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 import plotly.graph_objects as go
@@ -52,18 +52,23 @@ class Recording:
 
     def add(self, event: Mapping[str, Any]) -> None:
         "Record the event of a step."
+        self._add_layers(event)
+        # a curve that begins late has a gap before
+        gap = [None] * len(self.steps)
+        for key, name in LOSSES.items():
+            if key in event: self.curves.setdefault(name, gap[:]).append(event[key])
+        self.steps.append(event["step"])
+
+    def _add_layers(self, event: Mapping[str, Any]) -> None:
         # the first event with numbers of layers decides what they are
         n = len(self.steps)
         layers = event.get("gates", event.get("layers"))
         if layers is not None and not self.what:
             self.what = "gate" if "gates" in event else "loss"
             self._rows = torch.zeros(max(len(self._rows), n + 1), len(layers))
+        # more steps than were announced: twice the room
         if n == len(self._rows): self._rows = torch.cat([self._rows, torch.zeros_like(self._rows)])
         if layers is not None: self._rows[n] = torch.tensor(layers)
-        # losses: a curve that begins late has a gap before
-        self.steps.append(event["step"])
-        for key, name in LOSSES.items():
-            if key in event: self.curves.setdefault(name, [None] * n).append(event[key])
 
 # %% ../../nbs/74_show.monitor.ipynb #75ad884e
 def packed(values: Tensor, kind: str) -> str:
@@ -80,12 +85,14 @@ def unpacked(text: str, columns: int) -> Tensor:
 def _matrix(rows: Tensor, what: str) -> dict[str, Any]:
     "Rows of layers for the script: bytes, and what 0 and 255 stand for."
     x = rows.double()
-    span = [0.0, 1.0]
+    low, high = 0.0, 1.0
     if what != "gate":
         x = x.clamp_min(1e-12).log10().nan_to_num(0.0)
-        span = [float(x.min()), max(float(x.max()), float(x.min()) + 0.1)]
-    bytes_ = ((x - span[0]) / (span[1] - span[0]) * 255).round().clamp(0, 255)
-    return {"matrix": packed(bytes_, "u1"), "span": span, "log": what != "gate",
+        low = float(x.min())
+        high = max(float(x.max()), low + 0.1)
+    shares = (x - low) / (high - low)
+    bytes_ = (shares * 255).round().clamp(0, 255)
+    return {"matrix": packed(bytes_, "u1"), "span": [low, high], "log": what != "gate",
             "num_layers": rows.shape[1]}
 
 # %% ../../nbs/74_show.monitor.ipynb #41a5a89d
@@ -95,23 +102,31 @@ def _short(value: Any) -> float | None:
     return None if found is None else float(f"{found:.5g}")
 
 # %% ../../nbs/74_show.monitor.ipynb #4da5c5f9
+def _layers_state(rows: Tensor, at: Sequence[int], what: str, full: bool) -> dict[str, Any]:
+    "A number for each layer at the steps `at`; for gates also the order of the layers."
+    state = _matrix(rows[at], what)
+    if what != "gate": return state
+    steps = at if full else at[-1:]
+    orders = [GateRun(rows[:i + 1]).order() for i in steps]
+    written = packed(torch.tensor(orders), "<u2") if full else ""
+    return {**state, "order": orders[-1], "orders": written}
+
+# %% ../../nbs/74_show.monitor.ipynb #c8be1fe3
 def picture(recording: Recording, full: bool) -> dict[str, Any]:
     "What the script draws; with `full` the order of the layers at every step, not the last only."
     # the steps that are drawn, and their losses
     at = thin(len(recording.steps), 300)
-    rows = recording.rows
+    kept = [recording.steps[i] for i in at]
     losses = {}
     for name, values in recording.curves.items(): losses[name] = [_short(values[i]) for i in at]
-    kept = [recording.steps[i] for i in at]
-    state = {"kept": kept, "losses": losses, "what": recording.what, "num_layers": 0, "matrix": "",
-             "order": [], "orders": "", "done": kept[-1] if kept else 0, "rate": recording.rate}
+    state = {
+        "kept": kept, "losses": losses, "done": kept[-1] if kept else 0, "rate": recording.rate,
+        "what": recording.what, "num_layers": 0, "matrix": "", "order": [], "orders": "",
+    }
+    # the layers, if there are numbers of them
+    rows = recording.rows
     if rows is None or not at: return state
-    # a number for each layer; for gates also the order of the layers
-    state |= _matrix(rows[at], recording.what)
-    if recording.what != "gate": return state
-    orders = [GateRun(rows[:i + 1]).order() for i in (at if full else at[-1:])]
-    return {**state, "order": orders[-1],
-            "orders": packed(torch.tensor(orders), "<u2") if full else ""}
+    return {**state, **_layers_state(rows, at, recording.what, full)}
 
 # %% ../../nbs/74_show.monitor.ipynb #1785258e
 class TraceView(Widget):
@@ -162,12 +177,12 @@ def trace_figure(view: TraceView) -> Figure:
     if view.what == "gate" and view.kept:
         rows = unpacked(view.matrix, view.num_layers)
         return gates_figure(GateRun(rows), steps=view.kept)
-    losses = [math.nan if v is None else v for v in view.losses.get("loss", [])]
-    if not losses: return styled(go.Figure(), "No training yet", 200)
     events = []
-    for step, loss in zip(view.kept, losses):
-        events.append({"stage": view.stage, "step": step, "loss": loss})
-    return loss_figure(events)
+    for step, loss in zip(view.kept, view.losses.get("loss", [])):
+        known = math.nan if loss is None else loss
+        events.append({"stage": view.stage, "step": step, "loss": known})
+    if events: return loss_figure(events)
+    return styled(go.Figure(), "No training yet", 200)
 
 # %% ../../nbs/74_show.monitor.ipynb #975397f0
 class Outputs:
@@ -220,11 +235,12 @@ def _budget(wanted: int | None, num_layers: int) -> int:
 def recorded(run: GateRun | str | Path) -> Recording:
     "The recording of a finished gate training, with the gates before the first step."
     run = run if isinstance(run, GateRun) else GateRun.load(run)
-    losses = [None, *run.losses] if run.losses else [None] * len(run.trajectory)
     recording = Recording(len(run.trajectory))
+    losses = [None, *run.losses] if run.losses else [None] * len(run.trajectory)
     for step, (gates, loss) in enumerate(zip(run.trajectory.tolist(), losses)):
         event = {"step": step, "gates": gates}
-        recording.add(event if not run.losses else {**event, "loss": loss})
+        if run.losses: event["loss"] = loss
+        recording.add(event)
     return recording
 
 # %% ../../nbs/74_show.monitor.ipynb #3e58fbf0

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from ..choose.gates import GateRun
 from ..model.hybrid import HybridConfig
-from ..results import Results, duration, label, percent, read_results, stage_label
+from ..results import (
+    Cost, Results, duration, label, percent, read_results, stage_label)
 from ..selection import Selection
 from .table import COLUMNS, result_rows
 from ..store import EventLog, read_json, write_aside
 
 # %% auto #0
-__all__ = ['STATIC', 'SECTIONS', 'Cells', 'Section', 'RunFiles', 'drawn', 'summary_section', 'results_section', 'layers_section',
-           'costs_section', 'gates_section', 'losses_section', 'time_section', 'recipe_section', 'plotly_script',
-           'page', 'reason', 'write_report']
+__all__ = ['SECTIONS', 'Cells', 'Section', 'RunFiles', 'selections_of', 'drawn', 'summary_section', 'results_section',
+           'layers_section', 'costs_section', 'gates_section', 'losses_section', 'time_section', 'recipe_section',
+           'plotly_script', 'page', 'reason', 'write_report']
 
 # %% ../../nbs/79_show.report.ipynb #c7379cc3
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ class RunFiles:
     "The files of a run folder, each read once; `ValueError` with the reason if one is no good."
     def __init__(self, folder: Path): self.folder = folder
 
+    def has(self, name: str) -> bool: return (self.folder / name).is_file()
+
     def path(self, name: str) -> Path:
         "The path of a file that is there."
-        if not (self.folder / name).is_file(): raise ValueError(f"there is no {name} in this run")
+        if not self.has(name): raise ValueError(f"there is no {name} in this run")
         return self.folder / name
 
     def json(self, name: str, what: str) -> dict[str, Any]:
@@ -75,16 +78,17 @@ class RunFiles:
             return HybridConfig.from_dict(description)
         raise ValueError("hybrid/config.json has no teacher")
 
-    def selections(self) -> list[Selection]:
-        "The selection that was made, then the other sets of the results."
-        chosen = []
-        if (self.folder / "selection.json").is_file():
-            chosen.append(Selection.load(self.path("selection.json")))
-        if chosen and not (self.folder / "results.json").is_file(): return chosen
-        names = {selection.method for selection in chosen}
-        L = self.results.num_layers or 0
-        return chosen + [Selection(layers, L, name) for name, layers in
-                         self.results.selections.items() if name not in names]
+# %% ../../nbs/79_show.report.ipynb #6d9e6a0a
+def selections_of(run: RunFiles) -> list[Selection]:
+    "The selection that was made, then the other sets of the results."
+    chosen = []
+    if run.has("selection.json"): chosen.append(Selection.load(run.path("selection.json")))
+    if chosen and not run.has("results.json"): return chosen
+    made = {selection.method for selection in chosen}
+    L = run.results.num_layers or 0
+    for name, layers in run.results.selections.items():
+        if name not in made: chosen.append(Selection(layers, L, name))
+    return chosen
 
 # %% ../../nbs/79_show.report.ipynb #3e18da11
 def drawn(figure: Any) -> dict[str, Any]:
@@ -93,18 +97,15 @@ def drawn(figure: Any) -> dict[str, Any]:
 
 # %% ../../nbs/79_show.report.ipynb #8df80cc2
 def _cards(results: Results) -> list[tuple[str, str]]:
-    "Recall of the teacher and of the hybrid after each stage, and the share of the cache."
-    ours, teacher = results.model("flashmorph"), results.model("teacher")
-    best = teacher.score("zero_shot", "recall")
-    cards = [] if best is None else [(percent(best), "recall of the teacher")]
+    "Recall of the teacher, of the hybrid after each stage, and the share of the cache."
+    ours = results.model("flashmorph")
+    teacher = results.model("teacher")
+    found = [(teacher.score("zero_shot", "recall"), "recall of the teacher")]
     for stage in ours.scores:
-        recall = ours.score(stage, "recall")
-        if recall is None: continue
-        cards.append((percent(recall), f"recall of the hybrid, {label(stage)}"))
+        found.append((ours.score(stage, "recall"), f"recall of the hybrid, {label(stage)}"))
     if ours.cache_bytes is not None and teacher.cache_bytes:
-        share = ours.cache_bytes / teacher.cache_bytes
-        cards.append((percent(share), "of the teacher's cache"))
-    return cards
+        found.append((ours.cache_bytes / teacher.cache_bytes, "of the teacher's cache"))
+    return [(percent(x), words) for x, words in found if x is not None]
 
 # %% ../../nbs/79_show.report.ipynb #1f62f9d4
 def summary_section(run: RunFiles) -> Section:
@@ -117,7 +118,7 @@ def summary_section(run: RunFiles) -> Section:
         lines.append(f"Full attention stays in layers {list(results.layers)} of {L}.")
     return Section(lines=lines, cards=_cards(results), note=" · ".join(facts))
 
-
+# %% ../../nbs/79_show.report.ipynb #e3452e56
 def results_section(run: RunFiles) -> Section:
     "The scores, as a figure and as a table."
     from flashmorph.show.figures import results_figure
@@ -131,22 +132,27 @@ def results_section(run: RunFiles) -> Section:
 def layers_section(run: RunFiles) -> Section:
     "The layers that each method keeps."
     from flashmorph.show.figures import selection_figure
-    return Section("Layers", figure=drawn(selection_figure(run.selections())))
+    return Section("Layers", figure=drawn(selection_figure(selections_of(run))))
 
 # %% ../../nbs/79_show.report.ipynb #401a68e7
+def _counted(config: HybridConfig, order: Sequence[int], context: int) -> list[Cost]:
+    "The costs of all budgets; `ValueError` if they cannot be counted."
+    from flashmorph.measure.cost import budget_costs
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    try: return budget_costs(config, order, context=context, mixer=config.mixer, dtype=dtype)
+    except Exception as e: raise ValueError(f"hybrid/config.json cannot be counted: {e}") from e
+
+# %% ../../nbs/79_show.report.ipynb #4ce09393
 def costs_section(run: RunFiles) -> Section:
     "What each budget would have cost at the run's context, with the chosen one marked."
-    from flashmorph.measure.cost import budget_costs
     from flashmorph.show.measured import cost_figure
     context = run.results.context
     if context is None: raise ValueError("results.json does not say for what context")
     order = run.gates.order()
     config = run.config()
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
-    try: costs = budget_costs(config, order, context=context, mixer=config.mixer, dtype=dtype)
-    except Exception as e: raise ValueError(f"hybrid/config.json cannot be counted: {e}") from e
-    note = "Counted for the gates' order: layers pinned by hand are not considered."
+    costs = _counted(config, order, context)
     figure = cost_figure(costs, len(config.full_layers or []))
+    note = "Counted for the gates' order: layers pinned by hand are not considered."
     return Section("Costs", figure=drawn(figure), note=note)
 
 # %% ../../nbs/79_show.report.ipynb #6f6ec479
@@ -170,15 +176,17 @@ def time_section(run: RunFiles) -> Section:
     rows.append(("all", duration(run.results.total_seconds)))
     return Section("Time", table=Cells(("stage", "time"), rows, ours="all"))
 
-
+# %% ../../nbs/79_show.report.ipynb #439f8c90
 def recipe_section(run: RunFiles) -> Section:
     "The recipe, as it was read."
     return Section("Recipe", code=run.recipe)
 
 # %% ../../nbs/79_show.report.ipynb #c3f424ad
-STATIC = files("flashmorph") / "static"
+def _static(name: str) -> str:
+    "The text of a file in `flashmorph/static`."
+    return (files("flashmorph") / "static" / name).read_text(encoding="utf-8")
 
-
+# %% ../../nbs/79_show.report.ipynb #02d9c5dc
 def plotly_script() -> str:
     "Plotly's script, as it can stand within a page."
     import plotly
@@ -191,26 +199,43 @@ def page(title: str, sections: Sequence[Section], missing: Sequence[str] = ()) -
     from jinja2 import Environment
     from markupsafe import Markup
     from flashmorph.show.look import CONFIG
-    def source(name: str) -> str: return (STATIC / name).read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True).from_string(source("report.html"))
-    figures = any(section.figure for section in sections)
+    template = Environment(autoescape=True, trim_blocks=True).from_string(_static("report.html"))
+    has_figure = any(section.figure for section in sections)
+    plotly = Markup(plotly_script()) if has_figure else ""
     return template.render(
         title=title, sections=sections, missing=missing, config=CONFIG,
-        style=Markup(source("report.css")), plotly=Markup(plotly_script()) if figures else "")
+        style=Markup(_static("report.css")), plotly=plotly)
 
 # %% ../../nbs/79_show.report.ipynb #250aff99
-SECTIONS: dict[str, Callable[[RunFiles], Section]] = {
-    "Summary": summary_section, "Results": results_section, "Layers": layers_section,
-    "Costs": costs_section, "Gates": gates_section, "Losses": losses_section, "Time": time_section,
-    "Recipe": recipe_section}
-
-
 def reason(error: Exception, folder: Path) -> str:
     "The first line of an error, without the path of the run."
     words = str(error) or repr(error)
     return words.replace(f"{folder}/", "").splitlines()[0].rstrip(".")
 
+# %% ../../nbs/79_show.report.ipynb #cfdb1abb
+SECTIONS: dict[str, Callable[[RunFiles], Section]] = {
+    "Summary": summary_section,
+    "Results": results_section,
+    "Layers": layers_section,
+    "Costs": costs_section,
+    "Gates": gates_section,
+    "Losses": losses_section,
+    "Time": time_section,
+    "Recipe": recipe_section,
+}
+
 # %% ../../nbs/79_show.report.ipynb #7cd52838
+def _sections(run: RunFiles) -> tuple[list[Section], list[str]]:
+    "The sections of a run, and a line for each that cannot be made."
+    sections = []
+    missing = []
+    for name, section in SECTIONS.items():
+        # files of a run may hold anything, and no file may cost the results of a night
+        try: sections.append(section(run))
+        except Exception as e: missing.append(f"{name} left out: {reason(e, run.folder)}.")
+    return sections, missing
+
+# %% ../../nbs/79_show.report.ipynb #df957f92
 def write_report(folder: str | Path) -> Path:
     """Write `report.html` into a run folder from what is there, and return its path.
 
@@ -219,11 +244,7 @@ def write_report(folder: str | Path) -> Path:
     run = RunFiles(Path(folder))
     if not run.folder.is_dir():
         raise ValueError(f"no run at {folder}: expected a folder with recipe.toml, log.jsonl, ...")
-    sections, missing = [], []
-    for name, section in SECTIONS.items():
-        # files of a run may hold anything, and no file may cost the results of a night
-        try: sections.append(section(run))
-        except Exception as e: missing.append(f"{name} left out: {reason(e, run.folder)}.")
+    sections, missing = _sections(run)
     text = page(f"flashmorph: {run.folder.resolve().name}", sections, missing)
     path = run.folder / "report.html"
     write_aside(path, lambda p: p.write_text(text, encoding="utf-8"))

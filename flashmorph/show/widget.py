@@ -36,12 +36,13 @@ def script(*names: str) -> str:
     lines = [f"const {name} = {json.dumps(value)};" for name, value in constants.items()]
     return "\n".join([*lines, *map(source, ("kit.js", *names))])
 
-
+# %% ../../nbs/73_show.widget.ipynb #acb20555
 def compact(text: str) -> str:
     "A script without comment lines and indentation."
     text = re.sub(r"^\s*/\*\*.*?\*/", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines = (line.strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line and not line.startswith("//"))
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith("//")]
+    return "\n".join(kept)
 
 # %% ../../nbs/73_show.widget.ipynb #8735e274
 def page_of(text: str, css: str, esm: str, state: Mapping[str, Any]) -> str:
@@ -125,25 +126,43 @@ def layers_of(mask: str) -> list[int]:
     return [i for i, c in enumerate(mask) if c == "1"]
 
 # %% ../../nbs/73_show.widget.ipynb #51e2954c
+def _called(name: str, method: Callable[[int], Any], budget: int) -> Selection:
+    "What a function keeps at `budget`; `ValueError` if it fails, or gives anything else."
+    try: chosen = method(budget)
+    except Exception as e:
+        raise ValueError(f"compare: {name} fails at budget {budget}: {e!r}") from e
+    if isinstance(chosen, Selection): return chosen
+    raise ValueError(f"compare: {name}: expected a Selection for budget {budget}, got {chosen!r}")
+
+# %% ../../nbs/73_show.widget.ipynb #3ee2b29e
 def _answer(name: str, method: Any, budget: int, num_layers: int) -> Selection | None:
     "What `method` keeps at `budget`, or `None`; `ValueError` if it is no method."
     if isinstance(method, Selection): return method if method.budget == budget else None
     if isinstance(method, (GateRun, Ranking)): return method.select(budget)
-    if callable(method):
-        try: chosen = method(budget)
-        except Exception as e:
-            raise ValueError(f"compare: {name} fails at budget {budget}: {e!r}") from e
-        if isinstance(chosen, Selection): return chosen
-        raise ValueError(f"compare: {name}: expected a Selection for budget {budget}, "
-                         f"got {chosen!r}")
-    try: return top_k(Ranking(name, tuple(method)).order, budget, method=name)
+    if callable(method): return _called(name, method, budget)
+    try:
+        order = Ranking(name, tuple(method)).order
+        return top_k(order, budget, method=name)
     except (TypeError, ValueError):
         raise ValueError(f"compare: {name}: expected a function of the budget, a ranking, a gate "
                          f"run, or each of the {num_layers} layers once, got {method!r}") from None
 
 # %% ../../nbs/73_show.widget.ipynb #04d69f56
+def _masks(name: str, method: Any, num_layers: int) -> list[str]:
+    "What a method keeps at each budget; `ValueError` for a method of another model."
+    masks = []
+    for k in range(num_layers + 1):
+        chosen = _answer(name, method, k, num_layers)
+        if chosen is None: masks.append("")
+        elif chosen.num_layers == num_layers: masks.append(mask_of(chosen.layers, num_layers))
+        else:
+            raise ValueError(f"compare: {name} is of a model with {chosen.num_layers} layers, "
+                             f"expected {num_layers}")
+    return masks
+
+# %% ../../nbs/73_show.widget.ipynb #10a11bf2
 def method_sets(methods: Mapping[str, Any], num_layers: int) -> list[dict[str, Any]]:
-    """The sets of each method at each budget: `sets[k]` is a mask, empty where the method has none.
+    """The masks of each method: `sets[k]` for budget k, empty where the method has none.
 
     A method is a function of the budget, a `GateRun`, a `Ranking`, an order of all layers, or a
     `Selection`. Raises `ValueError` for anything else, and for a method of another model."""
@@ -151,14 +170,7 @@ def method_sets(methods: Mapping[str, Any], num_layers: int) -> list[dict[str, A
         raise ValueError(f"compare: expected methods by name, got {methods!r}")
     found = []
     for name, method in methods.items():
-        sets = []
-        for k in range(num_layers + 1):
-            chosen = _answer(str(name), method, k, num_layers)
-            if chosen is not None and chosen.num_layers != num_layers:
-                raise ValueError(f"compare: {name} is of a model with {chosen.num_layers} layers, "
-                                 f"expected {num_layers}")
-            sets.append("" if chosen is None else mask_of(chosen.layers, num_layers))
-        found.append({"name": str(name), "sets": sets})
+        found.append({"name": str(name), "sets": _masks(str(name), method, num_layers)})
     return found
 
 # %% ../../nbs/73_show.widget.ipynb #f647780b
@@ -170,8 +182,11 @@ def cost_table(model: CostModel, context: int, dtype: torch.dtype) -> dict[str, 
         cost = model(layers, context=context, dtype=dtype)
         return [getattr(cost, metric.key) for metric in METRICS]
     base = count([])
+    # layers of one shape gain the same
     gains = []
     for i in range(model.num_layers):
         gains.append([full - linear for full, linear in zip(count([i]), base)])
-    delta = [list(gain) for gain in sorted(set(map(tuple, gains)))]
+    delta = []
+    for gain in sorted(gains):
+        if gain not in delta: delta.append(gain)
     return {"base": base, "delta": delta, "kinds": [delta.index(gain) for gain in gains]}
