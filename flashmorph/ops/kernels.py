@@ -20,14 +20,11 @@ from .reference import OutAndState, check_lightning
 @triton.jit(do_not_specialize=["T", "L"])
 def scan_kernel(
     x, y, z, out,       # (B, T, H, DX), twice, and (B, T, H, DZ), twice
-    start,              # (B, H, N, DX, DZ) or None
-    end,                # the last state, or without OUTPUT that of each segment, or None
+    start, end,         # (B, H, N, DX, DZ); the last state, or without OUTPUT of each segment
     log_decay, read, write, T, L, N, H,
-    sxb, sxt, sxh, syb, syt, syh,       # strides over rows, tokens and heads
-    szb, szt, szh, sob, sot, soh,
+    sxb, sxt, sxh, syb, syt, syh, szb, szt, szh, sob, sot, soh,     # over rows, tokens and heads
     ssx, ssz, seb, ses, # of start over rows and columns, of end over heads and segments
-    DX: tl.constexpr, DZ: tl.constexpr,
-    BX: tl.constexpr, BZ: tl.constexpr,
+    DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
     C: tl.constexpr, SHIFT: tl.constexpr,
     OUTPUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -38,20 +35,17 @@ def scan_kernel(
     i_z = i_p % NZ
     i_s = i_p // NZ % N
     i_bh = (i_p // NZ // N).to(tl.int64)
-    i_b = i_bh // H
-    i_h = i_bh % H
+    i_b, i_h = i_bh // H, i_bh % H
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
     o_z = i_z * BZ + tl.arange(0, BZ)
     m_x = (o_x < DX)[None, :]
     m_z = (o_z < DZ)[None, :]
     m_s = (o_x < DX)[:, None] & m_z
-    # What remains of token j at token i of a chunk, and of the state before the chunk at token i:
-    # the same for all chunks. (exp(-200) is 0 already, and 0 * inf would be NaN.)
+    # What remains, the same for all chunks. (exp(-200) is 0 already, and 0 * inf would be NaN.)
     b_g = tl.maximum(tl.load(log_decay + i_h).to(tl.float32), -200.)
     o_far = o_c[:, None] - o_c[None, :]
-    b_faded = tl.exp(b_g * tl.maximum(o_far, 0)) * (read * write)
-    b_within = tl.where(o_far >= 0, b_faded, 0.)                                        # [C, C]
+    b_within = tl.where(o_far >= 0, tl.exp(b_g * tl.maximum(o_far, 0)), 0.) * (read * write)
     b_since = tl.exp(b_g * (o_c + SHIFT)) * read                                        # [C]
 
     p_y = y + i_b * syb + i_h * syh + o_x[None, :]
@@ -73,19 +67,17 @@ def scan_kernel(
             # Read: from within the chunk, and from the state before the chunk.
             b_x = tl.load(p_x + o_t * sxt, mask=m_t & m_x, other=0.).to(DOT)      # [C, BX]
             b_a = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * b_within      # [C, C]
-            b_o = tl.dot(b_x, b_s.to(DOT), input_precision=PRECISION)                   # [C, BZ]
-            b_o = b_o * b_since[:, None]
+            b_o = tl.dot(b_x, b_s.to(DOT), input_precision=PRECISION) * b_since[:, None]
             b_o = tl.dot(b_a.to(DOT), b_z, b_o, input_precision=PRECISION)
             tl.store(p_o + o_t * sot, b_o.to(out.dtype.element_ty), mask=m_t & m_z)
         # Write: the state fades, and takes the chunk in.
         b_until = tl.exp(b_g * tl.maximum(n - SHIFT - o_c, 0)) * write                  # [C]
         b_w = (b_z * b_until[:, None]).to(DOT)
-        b_s = b_s * tl.exp(b_g * n)
-        b_s = tl.dot(tl.trans(b_y), b_w, b_s, input_precision=PRECISION)                # [BX, BZ]
+        b_s = tl.dot(tl.trans(b_y), b_w, b_s * tl.exp(b_g * n), input_precision=PRECISION)
     if end is not None:
         if not OUTPUT or i_s == N - 1:
-            p_end = end + i_bh * seb + i_s * ses
-            tl.store(p_end + o_x[:, None] * DZ + o_z[None, :], b_s, mask=m_s)
+            p_end = end + i_bh * seb + i_s * ses + o_x[:, None] * DZ + o_z[None, :]
+            tl.store(p_end, b_s, mask=m_s)
 
 # %% ../../nbs/14_ops.kernels.ipynb #00e6bb35
 @triton.jit(do_not_specialize=["L"])
