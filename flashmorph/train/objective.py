@@ -5,14 +5,14 @@
 # %% ../../nbs/41_train.objective.ipynb #5ff22c63
 from __future__ import annotations
 import contextlib, math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from torch import Tensor, nn
 from ..settings import Settings, setting
 
 # %% auto #0
-__all__ = ['MOST', 'C', 'FitConfig', 'stage_settings', 'Objective', 'flags_kept', 'thaw', 'FitResult', 'Callback']
+__all__ = ['MOST', 'C', 'Total', 'FitConfig', 'stage_settings', 'Objective', 'flags_kept', 'thaw', 'FitResult', 'Callback']
 
 # %% ../../nbs/41_train.objective.ipynb #ef3ab6ea
 MOST = 10**9            # more steps or rows than anybody waits for
@@ -57,6 +57,9 @@ def stage_settings(
     return kind.make(config, **settings), run
 
 # %% ../../nbs/41_train.objective.ipynb #daad6035
+Total = Callable[[Tensor], Tensor]
+
+
 class Objective(nn.Module):
     "What a stage optimises: holds the models, and marks with `requires_grad` what trains."
     shares: Mapping[str, float] = {}                            # set by the loop for each batch
@@ -71,6 +74,13 @@ class Objective(nn.Module):
     def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
         "The counts that means in the loss are taken over, by name: `{\"tokens\": 31}`."
         return {}
+
+    def begin(self, batches: Iterator[dict[str, Tensor]], total: Total) -> dict[str, Any] | None:
+        """Before the first step of a training: what can be done without gradients.
+
+        `batches` are on the device, and are not seen again; `total` sums a tensor over all
+        processes. Returns the event of step 0 (its `loss`, and numbers to log) or `None`."""
+        return None
 
     def share(self, name: str) -> float:
         "How much a mean of this batch weighs; 1 if all batches of the step have the same count."

@@ -71,12 +71,15 @@ class Trace:
 def check_events(
     log: Path, stage: str, events: list[dict[str, Any]], step: int, digest: str | None = None
 ) -> None:
-    "Raise `ValueError` unless `events`, read from `log`, are those of the steps 1 to `step`."
+    """Raise `ValueError` unless `events`, read from `log`, are those of the steps 1 to `step`.
+
+    An event of step 0, of what was done before the first step, may come first."""
     counts = Counter(event["step"] for event in events)
     wrong = [f"step {n} is missing" for n in range(1, step + 1) if n not in counts]
     wrong += [f"step {n} is there {times} times" for n, times in counts.items() if times > 1]
     wrong += [f"step {e['step']} has no loss" for e in events if not is_number(e.get("loss"))]
-    if not wrong and [event["step"] for event in events] != list(range(1, step + 1)):
+    first = 0 if 0 in counts else 1
+    if not wrong and [event["step"] for event in events] != list(range(first, step + 1)):
         wrong = ["the steps are out of order"]
     if not wrong and digest is not None and Trace(events).digest() != digest:
         wrong = ["an event is not as it was written"]
