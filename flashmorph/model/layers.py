@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache import CACHE_NAMES, find_cache, linear_slot
 from .hosts import mixer_dims, own_config
 from .mixers import Mixer, MixerDims, parse_mixer
+from .parts import foreign_dtype, in_dtype
 
 # %% ../../nbs/33_model.layers.ipynb #b7686604
 INTERFACE = "flashmorph"
@@ -66,13 +67,19 @@ class LinearAttention(nn.Module):
         slot = None if cache is None else linear_slot(cache, self.layer_idx)
         kwargs = {name: None if name in CACHE_NAMES else x for name, x in kwargs.items()}
         if not self.mixer.rope: kwargs |= _no_rotation(kwargs)
+        # weights of another format than the host's
+        given, foreign = hidden.dtype, foreign_dtype(self.attn, hidden)
+        if foreign is not None:
+            hidden, args = hidden.to(foreign), in_dtype(args, foreign)
+            kwargs = {name: in_dtype(x, foreign) for name, x in kwargs.items()}
 
         def mixer_call(q, k, v, scale):
             state = None if slot is None else slot.state
             o, state = self.mixer(q, k, v, hidden, scale=scale, mask=linear_mask, state=state)
             if slot is not None: slot.store(state, q.shape[1])
             return o
-        return self.attn(*args, attention_mask=None, mixer_call=mixer_call, **kwargs)
+        output = self.attn(*args, attention_mask=None, mixer_call=mixer_call, **kwargs)
+        return output if foreign is None else in_dtype(output, given)
 
 # %% ../../nbs/33_model.layers.ipynb #c3a0f6d2
 def _wide(x: Tensor, kept: int, heads: int, old: int, sizes: tuple[int, ...]) -> nn.Parameter:

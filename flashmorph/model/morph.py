@@ -168,6 +168,8 @@ def one_branch_each(model: MorphableModel, layers: Sequence[int]) -> tuple[Any, 
     for name, module in list(host.named_modules()):
         if not isinstance(module, MorphLayer): continue
         full = module.layer_idx in layers
+        # what trained in float32 goes back to the host's format
+        module.linear.to(host.dtype)
         host.set_submodule(name, module.full if full else module.linear)
         if full: kept.append(name)
     host = copy.deepcopy(host).requires_grad_(True)

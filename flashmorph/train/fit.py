@@ -213,7 +213,8 @@ def train(
     bar = tqdm(total=c.steps, initial=state.step, desc=state.stage, unit="step", leave=False,
                disable=not (progress and acc.is_local_main_process))
     if not bar.disable:
-        bar.write(f"{state.stage} {what_trains(state.parameters, state.objective.frozen())}", sys.stderr)
+        line = what_trains(state.parameters, state.objective.frozen())
+        bar.write(f"{state.stage} {line}", sys.stderr)
     with bar, graceful_stop() as stopped:
         began = time.perf_counter() - state.seconds
         first = state.tokens

@@ -83,18 +83,20 @@ def run_traced(branch: LinearAttention, args: tuple, kwargs: dict[str, Any]) -> 
     """Run a branch and find its output projection.
 
     Raises `ValueError` if the output is not that of a linear layer as it is."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    calls: list[tuple[nn.Module, Any, Any]] = []
 
-    def keep(module: nn.Module, given: tuple, output: Tensor) -> None:
-        calls.append((module, given[0], output))
+    def keep(module: nn.Module, given: tuple, output: Any) -> None:
+        calls.append((module, given[0] if given else None, output))
 
     linear = [m for m in branch.attn.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    handles = [module.register_forward_hook(keep) for module in linear]
-    try: output = branch(*args, **kwargs)[0]
+    handles = [m.register_forward_hook(keep) for m in [*linear, branch.attn]]
+    try: branch(*args, **kwargs)
     finally:
         for handle in handles: handle.remove()
-    for module, inputs, made in calls:
-        if made.data_ptr() == output.data_ptr(): return Traced(module, inputs)
+    # the last call is that of the whole module
+    *inner, (_, _, output) = calls
+    for module, inputs, made in inner:
+        if made.data_ptr() == output[0].data_ptr(): return Traced(module, inputs)
     raise ValueError(f"layer {branch.layer_idx}: no linear layer makes the output of its attention "
                      "module, so there is nothing to solve for; use start=\"copy\"")
 

@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 import torch
 from torch import Tensor, nn
+from ..model.parts import HALF
 from .objective import FitConfig, Objective
 
 # %% auto #0
-__all__ = ['HALF', 'promote', 'is_mixed', 'precision_of', 'accelerator', 'kind_of', 'dtypes_of', 'what_trains']
+__all__ = ['promote', 'is_mixed', 'precision_of', 'accelerator', 'kind_of', 'dtypes_of', 'what_trains']
 
 # %% ../../nbs/42_train.precision.ipynb #47734672
-HALF = (torch.bfloat16, torch.float16)
-
-
 def promote(parameters: Iterable[nn.Parameter]) -> None:
     "Keep 16-bit parameters in float32 from now on, and their gradients; modules stay the same."
     for parameter in parameters:
