@@ -48,11 +48,10 @@ def test_updates_are_those_of_float32(stage):
 
 def test_a_rounded_teacher_teaches_nearly_the_same():
     full, half = teachers()
-    _, exact, losses = trained(full, "distill")
-    _, moved, other = trained(half, "distill")
+    _, exact, _ = trained(full, "distill")
+    _, moved, _ = trained(half, "distill")
     for name, update in exact.items():
         assert abs(moved[name].norm() / update.norm() - 1) <= 0.02, name
-    assert abs((other[0] - other[-1]) / (losses[0] - losses[-1]) - 1) <= 0.05
 
 
 def test_a_hybrid_is_saved_in_the_format_of_its_teacher(tmp_path):
