@@ -60,7 +60,7 @@ def small_recipe(teacher: Path | str, **kwargs) -> Recipe:
     settings = {
         "teacher": str(teacher), "budget": 2, "text": {"length": 64},
         "passkeys": {"length": 128, "keys": 2, "words_per_key": 2},
-        "align": dict(steps), "gates": dict(steps), "distill": dict(steps),
+        "align": {**steps, "start_tokens": 300}, "gates": dict(steps), "distill": dict(steps),
         "finetune": {"steps": 2}, "evaluate": {"books": 4},
     }
     return Recipe(**settings | kwargs)

@@ -114,7 +114,7 @@ def test_the_first_paragraph_of_a_message_is_enough(monkeypatch):
 def test_the_hint_after_a_stop_can_be_pasted(tmp_path, number):
     "37, and a stop by a scheduler."
     out = tmp_path / "my runs" / "run 1"
-    long = {"steps": 3000, "batch_size": 2}
+    long = {"steps": 3000, "batch_size": 2, "start_tokens": 300}
     save_recipe(small_recipe(save_teacher(tmp_path / "t"), align=long), tmp_path / "r.toml")
     command = [*PROGRAM, "convert", str(tmp_path / "r.toml"), "--out", str(out)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

@@ -46,7 +46,8 @@ def run(out: Path, last: int, *args: str) -> subprocess.CompletedProcess:
 def recipe(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("recipe")
     few = {"steps": 3, "batch_size": 1, "save_every": 2}
-    made = small_recipe(save_teacher(folder / "teacher"), align=few, gates=few, distill=few,
+    align = {**few, "start_tokens": 300}
+    made = small_recipe(save_teacher(folder / "teacher"), align=align, gates=few, distill=few,
                         finetune=few, evaluate={"books": 1})
     (folder / "recipe.toml").write_text(recipe_toml(made), encoding="utf-8")
     return str(folder / "recipe.toml")

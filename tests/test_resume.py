@@ -48,7 +48,8 @@ def hit(process: subprocess.Popen, log: EventLog, stage: str, step: int, number:
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     few = {"steps": STEPS, "batch_size": 2, "save_every": 3}
-    made = small_recipe(save_teacher(folder / "teacher"), align=few, gates=few, distill=few,
+    align = {**few, "start_tokens": 300}
+    made = small_recipe(save_teacher(folder / "teacher"), align=align, gates=few, distill=few,
                         finetune={**few, "batch_size": 1})
     (folder / "recipe.toml").write_text(recipe_toml(made))
     return folder / "recipe.toml"

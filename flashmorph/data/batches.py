@@ -108,6 +108,7 @@ class Batches:
         self.batch_size = batch_size
         self.rank, self.world = rank, world
         self.taken = 0
+        self.passes = 0                                         # ends of the data since here
         self.rows: Iterator[Any] | None = None
 
     def next_row(self) -> Any:
@@ -119,6 +120,7 @@ class Batches:
                 self.taken += 1
                 return row
             self.rows = None
+            self.passes += 1
             restart(self.data)
         if not self.taken: raise ValueError("the training data is empty: expected at least one row")
         raise ValueError(f"the training data ended after {self.taken} rows and cannot start over: "

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/44_train.fit.ipynb #c747fa54
 from __future__ import annotations
-import contextlib, math, sys, time
+import contextlib, math, time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
                disable=not (progress and acc.is_local_main_process))
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        while True:
+        while not state.batches.passes:                         # rows count once
             batch = state.batches.next()
             objective.check(batch)
             bar.update()
@@ -214,7 +214,7 @@ def train(
                disable=not (progress and acc.is_local_main_process))
     if not bar.disable:
         line = what_trains(state.parameters, state.objective.frozen())
-        bar.write(f"{state.stage} {line}", sys.stderr)
+        bar.write(f"{state.stage} {line}")
     with bar, graceful_stop() as stopped:
         began = time.perf_counter() - state.seconds
         first = state.tokens

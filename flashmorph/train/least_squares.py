@@ -66,7 +66,10 @@ def ridge_solution(moments: Moments, ridge: float) -> Tensor:
 
 
 def best_ridge(fitted: Moments, held: Moments) -> tuple[float, float]:
-    "The ridge whose solution has the least error on the tokens held out, and the error."
+    """The ridge whose solution has the least error on the tokens held out, and the error.
+
+    Without such tokens: a ridge of 0.1, and the error on the tokens of the fit."""
+    if not held.yy: return 0.1, fitted.error(ridge_solution(fitted, 0.1))
     errors = {ridge: held.error(ridge_solution(fitted, ridge)) for ridge in RIDGES}
     ridge = min(errors, key=errors.__getitem__)
     return ridge, errors[ridge]
