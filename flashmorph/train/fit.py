@@ -175,22 +175,22 @@ def one_step(state: State, module: nn.Module, optimizer: Any) -> dict[str, Any]:
 def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
     "Let the objective do what it does before the first step, and keep the result as step 0."
     objective, acc = state.objective.to(state.acc.device), state.acc
-    bar = tqdm(desc=f"{state.stage}, start", unit="batch", leave=False,
-               disable=not (progress and acc.is_local_main_process))
+    options: dict[str, Any] = {"desc": f"{state.stage}, start", "unit": "batch", "leave": False}
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        while not state.batches.passes:                         # rows count once
-            batch = state.batches.next()
-            objective.check(batch)
-            bar.update()
-            yield on_device(state, batch)
+        with tqdm(**options, disable=not (progress and acc.is_local_main_process)) as bar:
+            while not state.batches.passes:                     # rows count once
+                batch = state.batches.next()
+                objective.check(batch)
+                bar.update()
+                yield on_device(state, batch)
 
     def total(x: Tensor) -> Tensor:
         if acc.num_processes == 1: return x
         return acc.reduce(x.to(acc.device), "sum").to(x.device)
 
     began = time.perf_counter()
-    with bar, acc.autocast(): found = objective.begin(batches(), total)
+    with acc.autocast(): found = objective.begin(batches(), total)
     if found is None: return
     state.seconds = time.perf_counter() - began
     event = {"stage": state.stage, "step": 0, **found}

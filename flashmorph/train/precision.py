@@ -54,16 +54,17 @@ def accelerator(config: FitConfig, objective: Objective) -> Any:
 
 # %% ../../nbs/42_train.precision.ipynb #ea1b97df
 def kind_of(name: str) -> str:
-    "What a parameter is: `net.layers.3.attn.q_proj.weight` is a `q_proj.weight`."
+    "What a parameter is: `net.layers.3.attn.q_proj.weight` is a `q_proj`, its bias `q_proj.bias`."
     parts = [part for part in name.split(".") if not re.fullmatch(r"\d+", part)]
-    return ".".join(parts[-2:])
+    return ".".join(parts[-2:]).removesuffix(".weight")
 
 
 def dtypes_of(tensors: Iterable[Tensor]) -> str:
     "How many numbers in which format: `1.5M in float32`."
     counts: Counter[str] = Counter()
     for tensor in tensors: counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    return ", ".join(f"{count / 1e6:,.2f}M in {name}" for name, count in counts.items())
+    shown = {name: f"{n / 1e6:,.2f}M" if n >= 10_000 else f"{n:,}" for name, n in counts.items()}
+    return ", ".join(f"{count} in {name}" for name, count in shown.items())
 
 
 def what_trains(parameters: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> str:
