@@ -120,6 +120,21 @@ def _check_loaded(info: dict[str, Any]) -> None:
         raise RuntimeError("the checkpoint does not fit the hybrid described by its config.json: "
                            f"{wrong}")
 
+# %% ../../nbs/34_model.hybrid.ipynb #02839488
+@contextlib.contextmanager
+def rounded(model: PreTrainedModel, dtype: Any) -> Iterator[None]:
+    "Inside, float32 weights of `model` are in the 16-bit `dtype`, but for those that stay float32."
+    wanted = getattr(torch, str(dtype).removeprefix("torch."), None)
+    exact = model._keep_in_fp32_modules_strict or set()
+    before = []
+    for name, p in model.named_parameters():
+        if wanted not in HALF or p.dtype != torch.float32 or name.split(".")[-1] in exact: continue
+        before.append((p, p.data))
+        p.data = p.data.to(wanted)
+    try: yield
+    finally:
+        for p, data in before: p.data = data
+
 # %% ../../nbs/34_model.hybrid.ipynb #e1841ee1
 class _Host(PreTrainedModel, GenerationMixin):
     "A model that is another one inside: passes what transformers asks of it on to `host`."
@@ -151,6 +166,11 @@ class _Host(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
         return attention_mask
 
+    def save_pretrained(self, *args, dtype: Any = None, **kwargs) -> Any:
+        "As in transformers; float32 weights are rounded to `dtype`, by default the teacher's."
+        with rounded(self, dtype or self.config.dtype):
+            return super().save_pretrained(*args, **kwargs)
+
 # %% ../../nbs/34_model.hybrid.ipynb #80d4367a
 def _random_host(config: HybridConfig) -> PreTrainedModel:
     "The teacher's class with random weights, and linear layers where they should be."
@@ -160,21 +180,6 @@ def _random_host(config: HybridConfig) -> PreTrainedModel:
             adapt_full(attn, config.full_rope, config.logit_scale)
         else: host.set_submodule(name, linear_attention(attn, config.mixer, dims))
     return host
-
-# %% ../../nbs/34_model.hybrid.ipynb #02839488
-@contextlib.contextmanager
-def rounded(model: PreTrainedModel, dtype: Any) -> Iterator[None]:
-    "Inside, float32 weights of `model` are in the 16-bit `dtype`, but for those that stay float32."
-    wanted = getattr(torch, str(dtype).removeprefix("torch."), None)
-    exact = model._keep_in_fp32_modules_strict or set()
-    before = []
-    for name, p in model.named_parameters():
-        if wanted not in HALF or p.dtype != torch.float32 or name.split(".")[-1] in exact: continue
-        before.append((p, p.data))
-        p.data = p.data.to(wanted)
-    try: yield
-    finally:
-        for p, data in before: p.data = data
 
 # %% ../../nbs/34_model.hybrid.ipynb #c0a193cd
 class HybridForCausalLM(_Host):
@@ -212,11 +217,6 @@ class HybridForCausalLM(_Host):
                                f"{error}") from error
         _check_loaded(loaded[1])
         return loaded if output_loading_info else loaded[0]
-
-    def save_pretrained(self, *args, dtype: Any = None, **kwargs) -> Any:
-        "As in transformers; float32 weights are rounded to `dtype`, by default the teacher's."
-        with rounded(self, dtype or self.config.dtype):
-            return super().save_pretrained(*args, **kwargs)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: Any = None,
