@@ -1,7 +1,9 @@
 "Nothing in a run folder is lost, and nothing goes on that should not."
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -445,3 +447,26 @@ def test_a_log_of_another_kind_is_named(request, which, content):
         return
     with pytest.raises((ValueError, OSError), match=r"log\.jsonl") as error: resume(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [1000, 60_000, 330_000])
+def test_a_full_disk_ends_with_a_line_and_resumes(recipe, tmp_path, limit):
+    "No file may be larger than `limit` bytes: recipe.toml, a checkpoint, or the report fails."
+    (tmp_path / "r.toml").write_text(recipe_toml(recipe))
+    out = tmp_path / "run"
+
+    def command(*args, **more):
+        code = "from flashmorph.run.cli import app; app()"
+        line = [sys.executable, "-c", code, "convert", *map(str, args), "--out", str(out)]
+        return subprocess.run(line, text=True, capture_output=True, timeout=200, **more)
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = command(tmp_path / "r.toml", preexec_fn=small_files)
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert said.startswith("flashmorph: could not save") and "File too large" in said
+    again = command("--resume") if (out / "recipe.toml").exists() else command(tmp_path / "r.toml")
+    assert again.returncode == 0, again.stderr

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from small import save_teacher, small_recipe
 
 from flashmorph.run.materials import Materials, check_materials
@@ -127,3 +129,11 @@ def test_what_only_the_teacher_shows(teacher, change, message):
     "S17, and everything else that is tried before anything is spent."
     with pytest.raises(ValueError, match=message):
         check_materials(Materials(replace(small_recipe(teacher), **change)))
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    "numpy and torch scalars: a recipe holds plain ones, which TOML and JSON can write."
+    odd = Recipe(budget=np.int64(2), seed=torch.tensor(3),
+                 align={"steps": np.int64(2), "lr": torch.tensor(0.5)})
+    assert odd == Recipe(budget=2, seed=3, align={"steps": 2, "lr": 0.5})
+    assert recipe_toml(odd) == recipe_toml(Recipe(budget=2, seed=3, align={"steps": 2, "lr": 0.5}))
