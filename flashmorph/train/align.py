@@ -70,13 +70,12 @@ class AlignConfig(FitConfig):
     """Settings of stage 1: those of `FitConfig`, and whether errors are `relative`.
 
     `start` is `"least-squares"` (see the chapter before; from `start_tokens` tokens, which come
-    before those of the steps) or `"copy"`: the teacher's projections as they are. The public recipe
-    (arXiv 2601.22156) is `start="copy", lr=1e-3, warmup=50` with cosine to 1e-5."""
+    before those of the steps) or `"copy"`: the teacher's projections as they are. The other defaults
+    are the public recipe's (arXiv 2601.22156): cosine from 1e-3 to 1e-5, AdamW(0.9, 0.95), clip 1."""
     table = "align"
     steps: int = setting(500, low=0, high=MOST)
-    lr: float = setting(2e-3, above=0, high=100)
     lr_end: float | None = setting(1e-5, low=0, high=100)
-    warmup: int = setting(10, low=0, high=MOST)                 # at most `steps`
+    warmup: int = setting(50, low=0, high=MOST)                 # at most `steps`
     start: str = setting("least-squares", choices=("least-squares", "copy"))
     start_tokens: int = setting(25_000, low=1, high=MOST)
     relative: bool = True
