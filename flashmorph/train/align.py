@@ -70,8 +70,8 @@ class AlignConfig(FitConfig):
     """Settings of stage 1: those of `FitConfig`, and whether errors are `relative`.
 
     `start` is `"least-squares"` (see the chapter before; from `start_tokens` tokens, which come
-    before those of the steps) or `"copy"`: the teacher's projections as they are. The other defaults
-    are the public recipe's (arXiv 2601.22156): cosine from 1e-3 to 1e-5, AdamW(0.9, 0.95), clip 1."""
+    before those of the steps) or `"copy"`: the teacher's projections as they are. All else is the
+    public recipe's (arXiv 2601.22156): cosine from 1e-3 to 1e-5, AdamW(0.9, 0.95), clip 1."""
     table = "align"
     steps: int = setting(500, low=0, high=MOST)
     lr_end: float | None = setting(1e-5, low=0, high=100)
