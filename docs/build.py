@@ -37,6 +37,8 @@ TAGS = {("echo:", "false"): "remove-input", ("output:", "false"): "remove-output
         ("include:", "false"): "remove-cell", ("code-fold:", "true"): "hide-input"}
 NOT_NBDEVS = {"FrontmatterProc", "insert_warning", "add_show_docs", "clean_show_doc",
               "exec_show_docs", "rm_export", "mv_exports", "add_fold", "add_links"}
+SYMBOL = re.compile(r'<symbol id="([^"]+)".*?</symbol>', re.S)
+VERBATIM = re.compile(r"(<(?:pre|script|textarea)\b.*?</(?:pre|script|textarea)>)", re.S)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")        # a Markdown link to a file
 
 
@@ -200,6 +202,21 @@ def api_page(book: list[Notebook]) -> str:
                      for name, inside in shelves.items()})
 
 
+def light(page: str) -> str:
+    "The page without what nobody sees: icons that no link names, and the theme's indentation."
+    page = SYMBOL.sub(lambda icon: icon[0] if f"#{icon[1]}" in page else "", page)
+    pieces = VERBATIM.split(page)
+    pieces[::2] = [re.sub(r"\s*\n\s*", "\n", piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def lighten() -> None:
+    "Make the pages light, and drop what only helps to debug the theme."
+    for file in SITE.rglob("*.map"): file.unlink()
+    for file in SITE.rglob("*.html"):
+        file.write_text(light(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def main() -> int:
     for folder in (WORK, SITE): shutil.rmtree(folder, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -211,7 +228,9 @@ def main() -> int:
     index.cells.append(mk_cell(contents(book), "markdown"))
     write_nb(index, WORK / "index.ipynb")
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
-    return subprocess.call([*sphinx, "-c", DOCS, "-d", WORK / ".doctrees", WORK, SITE])
+    failed = subprocess.call([*sphinx, "-c", DOCS, "-d", WORK / ".doctrees", WORK, SITE])
+    if not failed: lighten()
+    return failed
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -7,7 +7,7 @@ import plotly
 from docutils import nodes
 from latex2mathml.converter import convert
 from pygments.formatters import HtmlFormatter
-from pygments.token import Name, Punctuation, Text, Whitespace
+from pygments.token import Name, Operator, Punctuation, Text, Whitespace
 from sphinx.highlighting import PygmentsBridge
 from sphinx.util import logging
 
@@ -75,7 +75,7 @@ class LightHtml(HtmlFormatter):
     """Marks only what has a colour of its own: pages are a quarter smaller for it."""
 
     def format_unencoded(self, tokensource, outfile):
-        plain = {Name, Punctuation, Whitespace}
+        plain = {Name, Operator, Punctuation, Whitespace}
         tokens = ((Text if kind in plain else kind, text) for kind, text in tokensource)
         super().format_unencoded(tokens, outfile)
 

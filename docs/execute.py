@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 
-BAR = re.compile(r"%\|.*\[.*\]|batch \[.*batch/s\]")  # what a progress bar leaves behind
+BAR = re.compile(r"(%\|.*|\d\w+ )\[\d\d:\d\d[<,].*\]")  # what a progress bar leaves behind
 
 
 def is_bar(output: dict) -> bool:
