@@ -1,6 +1,7 @@
 "Small teachers and recipes for the tests."
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from flashmorph.data.stories import Stories
 from flashmorph.run.pretrain import build_tokenizer
 from flashmorph.run.recipe import Recipe
+from flashmorph.store import EventLog
 from flashmorph.train.fit import Callback
+
+# the command line, whatever is installed
+PROGRAM = [sys.executable, "-c",
+           "from flashmorph.run.cli import app; app(prog_name='flashmorph')"]
 
 
 def save_teacher(folder: Path, family: str = "qwen3", tokenizer=None, **kwargs) -> Path:
@@ -64,3 +70,9 @@ def small_recipe(teacher: Path | str, **kwargs) -> Recipe:
         "finetune": {"steps": 2}, "evaluate": {"books": 4},
     }
     return Recipe(**settings | kwargs)
+
+
+def events(folder: Path) -> list[dict]:
+    "The log of a run, without the times."
+    log = EventLog(folder / "log.jsonl")
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in log]

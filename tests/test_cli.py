@@ -4,13 +4,12 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from rich.console import Console
-from small import save_teacher, small_recipe
+from small import PROGRAM, save_teacher, small_recipe
 from typer.testing import CliRunner
 
 from flashmorph.choose.gates import GateRun
@@ -18,9 +17,6 @@ from flashmorph.folder import Run
 from flashmorph.run import cli
 from flashmorph.run.recipe import save_recipe
 from flashmorph.selection import Selection
-
-PROGRAM = [sys.executable, "-c", "from flashmorph.run.cli import app; app(prog_name='flashmorph')"]
-
 
 def run(*args):
     return CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="flashmorph")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import Stop, save_teacher, small_recipe
+from small import PROGRAM, Stop, save_teacher, small_recipe
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -456,8 +456,7 @@ def test_a_full_disk_ends_with_a_line_and_resumes(recipe, tmp_path, limit):
     out = tmp_path / "run"
 
     def command(*args, **more):
-        code = "from flashmorph.run.cli import app; app()"
-        line = [sys.executable, "-c", code, "convert", *map(str, args), "--out", str(out)]
+        line = [*PROGRAM, "convert", *map(str, args), "--out", str(out)]
         return subprocess.run(line, text=True, capture_output=True, timeout=200, **more)
 
     def small_files():

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import save_teacher, small_recipe
+from small import events, save_teacher, small_recipe
 
 from flashmorph.run.recipe import recipe_toml
-from flashmorph.store import EventLog
 
 KILLED = """
 import os, signal, sys
@@ -69,12 +68,6 @@ def killed_and_resumed(recipe: str, out: Path, last: int) -> None:
     arguments = ["--resume"] if (out / "recipe.toml").exists() else [recipe]
     done = run(out, 0, *arguments)
     assert done.returncode == 0, done.stderr
-
-
-def events(folder: Path) -> list[dict]:
-    "The log, without the times."
-    log = EventLog(folder / "log.jsonl")
-    return [{key: value for key, value in event.items() if key != "seconds"} for event in log]
 
 
 def same(a: Path, b: Path) -> None:

@@ -4,14 +4,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import save_teacher, small_recipe
+from small import PROGRAM, events, save_teacher, small_recipe
 
 from flashmorph.store import EventLog
 from flashmorph.run.recipe import recipe_toml
@@ -21,8 +20,7 @@ STAGES = ("align", "gates", "distill-flashmorph", "finetune-flashmorph")
 
 
 def start(*args: str) -> subprocess.Popen:
-    code = "from flashmorph.run.cli import app; app()"
-    command = [sys.executable, "-c", code, "convert", *map(str, args)]
+    command = [*PROGRAM, "convert", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
@@ -64,12 +62,6 @@ def straight(recipe, tmp_path_factory) -> Path:
 
 
 def read(path: Path) -> dict: return json.loads(path.read_text())
-
-
-def events(folder: Path) -> list[dict]:
-    "The log, without the times."
-    log = EventLog(folder / "log.jsonl")
-    return [{key: value for key, value in event.items() if key != "seconds"} for event in log]
 
 
 def same(a: Path, b: Path) -> None:
