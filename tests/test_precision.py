@@ -68,6 +68,10 @@ def test_a_hybrid_is_saved_in_the_format_of_its_teacher(tmp_path):
     hybrid.save_pretrained(tmp_path / "full", dtype=torch.float32)
     saved = load_file(tmp_path / "full/model.safetensors")
     assert {x.dtype for x in saved.values()} == {torch.float32}
+    # what is asked for is done, in either direction
+    loaded.save_pretrained(tmp_path / "wide", dtype=torch.float32)
+    assert fm.HybridForCausalLM.from_pretrained(tmp_path / "wide").dtype == torch.float32
+    assert loaded.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("mixer", ["lightning", "gla", "gdn"])
@@ -93,10 +97,26 @@ def test_branches_of_a_16_bit_teacher_train_in_float32(mixer):
     assert gates.gates.isfinite().all()
 
 
-def test_precision_no_is_refused_where_formats_meet():
+@pytest.mark.parametrize("precision", ["no", "bf16", None])
+def test_branches_and_gates_train_in_any_precision(precision):
     _, half = teachers()
+    model = fm.morph(half)
+    more = {"steps": 2, "batch_size": 2, "precision": precision, "progress": False}
+    books = [{**row, "answers": (torch.arange(24) > 20).long()} for row in ROWS]
+    result = fm.align(model, ROWS, start_tokens=400, **more)
+    gates = fm.train_gates(model, books, **more)
+    assert all(torch.tensor(losses).isfinite().all() for losses in (result.losses, gates.losses))
+
+
+def test_a_hybrid_frozen_in_part_needs_bf16():
+    _, half = teachers()
+    hybrid = fm.morph(half).commit([0])
+    hybrid.get_input_embeddings().requires_grad_(False)
     with pytest.raises(ValueError, match='its products need "bf16"'):
-        fm.align(fm.morph(half), ROWS, steps=1, precision="no", progress=False)
+        fm.finetune(hybrid, ROWS, **STEPS, precision="no")
+    before = hybrid.get_input_embeddings().weight.clone()
+    fm.finetune(hybrid, ROWS, **STEPS)
+    assert torch.equal(hybrid.get_input_embeddings().weight, before)
 
 
 def test_least_squares_without_autocast():

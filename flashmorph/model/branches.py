@@ -23,6 +23,7 @@ class MorphLayer(nn.Module):
     A branch that does not count is not computed. `forced`, if it is a number, overrules `alpha`.
     Raises `ValueError` if both branches would have to share a cache."""
     layer_idx: int
+    casts = True                            # gate and branches may differ from the host in format
 
     def __init__(self, full: nn.Module, linear: LinearAttention):
         super().__init__()

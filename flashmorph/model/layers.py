@@ -51,6 +51,7 @@ class LinearAttention(nn.Module):
 
     It takes `attn` over: pass a copy to keep the original."""
     layer_idx: int
+    casts = True                            # its weights may have another format than its input
 
     def __init__(self, attn: Any, mixer: Mixer):
         super().__init__()

@@ -11,10 +11,11 @@ from typing import Any
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
+from ..train.stop import is_out_of_memory
 
 # %% auto #0
-__all__ = ['SIMPLE', 'console', 'errors', 'ADVICE', 'printable', 'show', 'show_step', 'show_progress', 'first_line',
-           'is_out_of_memory', 'go_on', 'interrupted_by_sigterm', 'plain_errors', 'OneLineErrors']
+__all__ = ['SIMPLE', 'console', 'errors', 'ADVICE', 'printable', 'show', 'show_step', 'show_progress', 'first_line', 'go_on',
+           'interrupted_by_sigterm', 'plain_errors', 'OneLineErrors']
 
 # %% ../../nbs/85_run.terminal.ipynb #36428bf5
 SIMPLE = str.maketrans({"█": "#", "·": "-", "—": "-", "…": "..."})
@@ -45,13 +46,6 @@ def first_line(error: BaseException) -> str:
     "The message of an error on one line: its first paragraph, or the name of the error."
     paragraph = str(error).strip().split("\n\n")[0]
     return " ".join(paragraph.split()) or type(error).__name__
-
-# %% ../../nbs/85_run.terminal.ipynb #1115afe1
-def is_out_of_memory(error: BaseException) -> bool:
-    "PyTorch has a class for full GPUs, and only words for full machines."
-    if isinstance(error, MemoryError): return True
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 # %% ../../nbs/85_run.terminal.ipynb #7751740b
 def go_on(folder: Path) -> str:

@@ -174,7 +174,7 @@ def one_step(state: State, module: nn.Module, optimizer: Any) -> dict[str, Any]:
 # %% ../../nbs/44_train.fit.ipynb #74641b2d
 def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
     "Let the objective do what it does before the first step, and keep the result as step 0."
-    objective, acc = state.objective.to(state.acc.device), state.acc
+    objective, acc = state.objective, state.acc
     options: dict[str, Any] = {"desc": f"{state.stage}, start", "unit": "batch", "leave": False}
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -204,7 +204,6 @@ def train(
 ) -> None:
     "Take the steps that are left, from the optimizer's `tensors` of a checkpoint if there are any."
     c, acc = state.config, state.acc
-    state.objective.to(acc.device)
     optimizer = torch.optim.AdamW(
         state.parameters.values(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay
     )
@@ -253,7 +252,7 @@ def fit(
     With a `run`, events go to its `log.jsonl` and checkpoints to `checkpoints/<stage>/` in it;
     `resume=True` goes on from the newest checkpoint, bit for bit on a CPU (a finished stage is
     only loaded). Settings, frozen weights, `data.fingerprint()` where there is one, and `facts`
-    are compared with those of the checkpoint.
+    are compared with those of the checkpoint. Weights that train are float32 from then on.
 
     Raises `FloatingPointError` on a loss or a weight that is not finite, `ValueError` on a
     checkpoint, a log or rows that do not fit and if another process uses the run, `OSError` if
@@ -270,6 +269,7 @@ def fit(
         try:
             for callback in heard: callback.start(stage, config, state.events)
             with memory_advice(stage):
+                objective.to(state.acc.device)
                 if state.last is None: begin(state, heard, progress)
                 if state.step < config.steps: train(state, tensors, heard, progress)
         except BaseException as error:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ..model.parts import HALF
+from ..results import amount
 from .objective import FitConfig, Objective
 
 # %% auto #0
@@ -26,8 +27,10 @@ def promote(parameters: Iterable[nn.Parameter]) -> None:
 
 # %% ../../nbs/42_train.precision.ipynb #d7085ba9
 def is_mixed(model: nn.Module) -> bool:
-    "Does something train in a model that has frozen 16-bit weights?"
-    trains = any(p.requires_grad for p in model.parameters())
+    "Does a weight train beside frozen 16-bit ones, outside the modules that cast?"
+    casting = [module for module in model.modules() if getattr(module, "casts", False)]
+    inside = {id(p) for module in casting for p in module.parameters()}
+    trains = any(p.requires_grad and id(p) not in inside for p in model.parameters())
     return trains and any(p.dtype in HALF for p in model.parameters() if not p.requires_grad)
 
 
@@ -63,8 +66,7 @@ def dtypes_of(tensors: Iterable[Tensor]) -> str:
     "How many numbers in which format: `1.5M in float32`."
     counts: Counter[str] = Counter()
     for tensor in tensors: counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    shown = {name: f"{n / 1e6:,.2f}M" if n >= 10_000 else f"{n:,}" for name, n in counts.items()}
-    return ", ".join(f"{count} in {name}" for name, count in shown.items())
+    return ", ".join(f"{amount(count, 'count')} in {name}" for name, count in counts.items())
 
 
 def what_trains(parameters: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> str:

@@ -4,11 +4,11 @@
 
 # %% ../../nbs/43_train.stop.ipynb #8e4d7fed
 from __future__ import annotations
-import contextlib, re, signal, threading
+import contextlib, signal, threading
 from collections.abc import Callable, Iterator
 
 # %% auto #0
-__all__ = ['graceful_stop', 'memory_advice']
+__all__ = ['graceful_stop', 'is_out_of_memory', 'memory_advice']
 
 # %% ../../nbs/43_train.stop.ipynb #703c2a72
 @contextlib.contextmanager
@@ -31,15 +31,21 @@ def graceful_stop() -> Iterator[Callable[[], bool]]:
         for number, before in old.items(): signal.signal(number, before)
     if caught: raise KeyboardInterrupt("stopped")
 
+# %% ../../nbs/43_train.stop.ipynb #fc1198bf
+def is_out_of_memory(error: BaseException) -> bool:
+    "PyTorch has a class for full GPUs, and only words for full machines."
+    if isinstance(error, MemoryError): return True
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
 # %% ../../nbs/43_train.stop.ipynb #d2efb03d
 @contextlib.contextmanager
 def memory_advice(stage: str) -> Iterator[None]:
     "Within, running out of memory is a `MemoryError` of one line, with what to do."
     try: yield
     except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error): raise
         first = str(error).strip().split("\n")[0]
-        full = isinstance(error, MemoryError) or re.search("(out of|allocate) memory", first)
-        if not full: raise
         raise MemoryError(
             f"stage {stage!r} ran out of memory ({first[:200]}). Use a smaller batch_size with a "
             "larger accumulate, or shorter rows, in a new run."
