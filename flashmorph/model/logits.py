@@ -8,12 +8,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['LOGITS', 'host_of', 'hidden_states', 'valid', 'HiddenOutput', 'HandThrough', 'logits_from_hidden', 'chunked_mean']
+__all__ = ['LOGITS', 'host_of', 'hidden_states', 'valid', 'HiddenOutput', 'HandThrough', 'logits_from_hidden', 'chunked_mean',
+           'divergence']
 
 # %% ../../nbs/38_model.logits.ipynb #b91d8dc9
 def host_of(model: nn.Module) -> PreTrainedModel:
@@ -88,3 +90,22 @@ def chunked_mean(
         part = checkpoint(loss, *rows, use_reentrant=False) if n > size else loss(*rows)
         total = total + part
     return total / n
+
+# %% ../../nbs/38_model.logits.ipynb #8d766da6
+def divergence(
+    student: nn.Module,
+    teacher: nn.Module,
+    ours: Tensor,  # hidden states of the student, (N, D)
+    theirs: Tensor,  # hidden states of the teacher at the same tokens, (N, D')
+    temperature: float = 1.0,
+) -> Tensor:
+    "KL(teacher || student) at a temperature, times its square: mean over N tokens, in nats."
+    tau = temperature
+    with logits_from_hidden(teacher) as target, logits_from_hidden(student) as logits:
+
+        def kl(s: Tensor, t: Tensor) -> Tensor:
+            with torch.no_grad(): p = F.log_softmax(target(t).float() / tau, -1)
+            q = F.log_softmax(logits(s).float() / tau, -1)
+            return F.kl_div(q, p, reduction="sum", log_target=True) * tau**2
+
+        return chunked_mean(kl, host_of(student).config.vocab_size, ours, theirs)

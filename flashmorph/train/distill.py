@@ -40,7 +40,7 @@ from ..model.hybrid import HybridForCausalLM
 
 
 from flashmorph.model.logits import (
-    chunked_mean, hidden_states, host_of, logits_from_hidden, valid,
+    chunked_mean, divergence, hidden_states, host_of, logits_from_hidden, valid,
 )
 
 
@@ -67,10 +67,10 @@ class DistillObjective(Objective):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
-        self.vocab_size, theirs = (host_of(m).config.vocab_size for m in (hybrid, teacher))
-        if self.vocab_size != theirs:
+        ours, theirs = (host_of(m).config.vocab_size for m in (hybrid, teacher))
+        if ours != theirs:
             raise ValueError("teacher and hybrid must share a vocabulary: "
-                             f"got {theirs} and {self.vocab_size} tokens")
+                             f"got {theirs} and {ours} tokens")
         self.hybrid, self.temperature = hybrid, temperature
         self.teacher = teacher.eval().requires_grad_(False)
         thaw(hybrid)
@@ -85,15 +85,7 @@ class DistillObjective(Objective):
         where = valid(batch)
         with torch.no_grad(): target = hidden_states(self.teacher, ids, mask)[where]
         student = hidden_states(self.hybrid, ids, mask)[where]
-        tau = self.temperature
-        with logits_from_hidden(self.teacher) as theirs, logits_from_hidden(self.hybrid) as ours:
-
-            def kl(s: Tensor, t: Tensor) -> Tensor:
-                with torch.no_grad(): p = F.log_softmax(theirs(t).float() / tau, -1)
-                q = F.log_softmax(ours(s).float() / tau, -1)
-                return F.kl_div(q, p, reduction="sum", log_target=True) * tau**2
-
-            loss = chunked_mean(kl, self.vocab_size, student, target)
+        loss = divergence(self.hybrid, self.teacher, student, target, self.temperature)
         return loss * self.share("tokens"), {}
 
 # %% ../../nbs/47_train.distill.ipynb #b4ca3dcb

@@ -204,9 +204,7 @@ def train(
 ) -> None:
     "Take the steps that are left, from the optimizer's `tensors` of a checkpoint if there are any."
     c, acc = state.config, state.acc
-    optimizer = torch.optim.AdamW(
-        state.parameters.values(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay
-    )
+    optimizer: Any = state.objective.optimizer(state.parameters.values(), c)
     load_optimizer(optimizer, state.parameters, tensors)
     module, optimizer = acc.prepare(state.objective, optimizer)
     bar = tqdm(total=c.steps, initial=state.step, desc=state.stage, unit="step", leave=False,

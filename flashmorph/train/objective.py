@@ -5,9 +5,10 @@
 # %% ../../nbs/41_train.objective.ipynb #5ff22c63
 from __future__ import annotations
 import contextlib, math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+import torch
 from torch import Tensor, nn
 from ..settings import Settings, setting
 
@@ -81,6 +82,14 @@ class Objective(nn.Module):
         `batches` are on the device, and are not seen again; `total` sums a tensor over all
         processes. Returns the event of step 0 (its `loss`, and numbers to log) or `None`."""
         return None
+
+    def optimizer(
+        self, parameters: Iterable[nn.Parameter], config: FitConfig
+    ) -> torch.optim.Optimizer:
+        "What takes the steps; the loop sets the learning rate before each."
+        return torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
 
     def share(self, name: str) -> float:
         "How much a mean of this batch weighs; 1 if all batches of the step have the same count."
