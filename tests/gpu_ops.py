@@ -2,7 +2,7 @@
 
     python tests/gpu_ops.py [--json FILE] [--sweep] [--no-checks]
 
-A script, not collected by pytest; the checks compile some hundred kernels, which takes minutes. **It has not been run on a GPU yet**:
+A script, not collected by pytest, and the part `kernels` of `gpu_all.py`; the checks compile some hundred kernels, which takes minutes. **It has not been run on a GPU yet**:
 what `BLOCKS` and `segment_length` say rests on arithmetic and on the assembler's report. `--sweep` times other block sizes and numbers of
 segments, to fill them in from measurement. Each time is a median by device events with the L2 cache emptied in between; `share` is the least
 time that bytes or arithmetic allow at the rates measured here, over the time taken."""
@@ -10,12 +10,13 @@ import argparse
 import functools
 import itertools
 import json
+import statistics
 import sys
 
 import torch
 import triton
 
-from flashmorph.ops import kernels, reference, steps
+from flashmorph.ops import kernels, meter, reference, steps
 
 TOL = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 SIZES = {"B4 H16 D128 T4096": (4, 4096, 16, 128), "B1 H16 D128 T65536": (1, 65536, 16, 128), "B8 H16 D64 T2048": (8, 2048, 16, 64),
@@ -44,10 +45,14 @@ def poisoned(form, *args, **kwargs):
     finally: torch.empty = empty
 
 
-def check_lightning(device, lengths=(1, 2, 63, 64, 65, 257, 1000), widths=((16, 16), (32, 64), (64, 64), (128, 128), (128, 64), (256, 256), (20, 80))):
+LENGTHS = (1, 2, 63, 64, 65, 257, 1000)
+WIDTHS = ((16, 16), (32, 64), (64, 64), (128, 128), (128, 64), (256, 256), (20, 80))
+
+
+def check_lightning(device, lengths=LENGTHS, widths=WIDTHS, dtypes=tuple(TOL)):
     "Worst relative error of anything, for each dtype, with one segment and with many."
     worst, rule, g = {}, kernels.segment_length, torch.tensor([0., -0.02, -20., -1000.], device=device)
-    for dtype, (Dk, Dv), T, with_state in itertools.product(TOL, widths, lengths, (False, True)):
+    for dtype, (Dk, Dv), T, with_state in itertools.product(dtypes, widths, lengths, (False, True)):
         if T > 65 and (Dk, Dv) != (128, 128) or dtype == torch.float16 and Dk not in (16, 64, 128): continue  # compiling takes its time, too
         x = [torch.randn(2, T, 4, D, device=device).to(dtype) for D in (Dk, Dk, Dv)] + [g, torch.randn(2, 4, Dk, Dv, device=device) if with_state else None]
         truth = results(reference.lightning, *(None if t is None else t.double() for t in x))
@@ -56,21 +61,43 @@ def check_lightning(device, lengths=(1, 2, 63, 64, 65, 257, 1000), widths=((16, 
             try: got = poisoned(results, kernels.lightning, *x)
             finally: kernels.segment_length = rule
             e = max(error(a, b) for a, b in zip(got, truth, strict=True))
-            if not e <= TOL[dtype]: sys.exit(f"WRONG: lightning {dtype} Dk={Dk} Dv={Dv} T={T} state={with_state} segment={L}: relative error {e:.1e}")
+            if not e <= TOL[dtype]: raise AssertionError(f"lightning {dtype} Dk={Dk} Dv={Dv} T={T} state={with_state} segment={L}: relative error {e:.1e}")
             worst[str(dtype)[6:]] = max(worst.get(str(dtype)[6:], 0.), e)
     return worst
 
 
-def check_steps(device, widths=((16, 16), (64, 128), (128, 128), (256, 256), (20, 80))):
+def in_two(q, k, v, g, *, state):
+    "Lightning attention in two calls; the state is carried over."
+    cut = q.shape[1] // 2 + 1
+    before, S = kernels.lightning(q[:, :cut], k[:, :cut], v[:, :cut], g, state=state)
+    after, S = kernels.lightning(q[:, cut:], k[:, cut:], v[:, cut:], g, state=S)
+    return torch.cat([before, after], 1), S
+
+
+def check_carried(device, lengths=(65, 257), widths=((16, 16), (128, 128)), dtypes=tuple(TOL)):
+    "Worst relative error of two calls, each with a part of the tokens, for each dtype."
+    worst, g = {}, torch.tensor([0., -0.02, -20., -1000.], device=device)
+    for dtype, (Dk, Dv), T in itertools.product(dtypes, widths, lengths):
+        x = [torch.randn(2, T, 4, D, device=device).to(dtype) for D in (Dk, Dk, Dv)]
+        x += [g, torch.randn(2, 4, Dk, Dv, device=device)]
+        truth = results(reference.lightning, *(t.double() for t in x))
+        got = poisoned(results, in_two, *x)
+        e = max(error(a, b) for a, b in zip(got, truth, strict=True))
+        if not e <= TOL[dtype]: raise AssertionError(f"lightning in two calls {dtype} Dk={Dk} Dv={Dv} T={T}: relative error {e:.1e}")
+        worst[str(dtype)[6:]] = max(worst.get(str(dtype)[6:], 0.), e)
+    return worst
+
+
+def check_steps(device, widths=((16, 16), (64, 128), (128, 128), (256, 256), (20, 80)), dtypes=tuple(TOL), batches=(1, 64)):
     worst = {}
-    for op, (Dk, Dv), dtype, B in itertools.product(("lightning", "gla", "gdn"), widths, TOL, (1, 64)):
+    for op, (Dk, Dv), dtype, B in itertools.product(("lightning", "gla", "gdn"), widths, dtypes, batches):
         q, k, v, g = step_inputs(op, B, 4, Dk, Dv, dtype, device)
         state = torch.randn(B, 4, Dk, Dv, device=device)
         truth, S_truth = getattr(reference, op)(*(x.double() for x in (q, k, v, *g)), state=state.double())
         for inplace in (False, True):
             o, S = poisoned(getattr(steps, f"{op}_step"), q, k, v, *g, state=state.clone(), inplace=inplace)
             e = max(error(o.transpose(0, 2), truth.transpose(0, 2)), error(S.transpose(0, 1), S_truth.transpose(0, 1)))
-            if not e <= TOL[dtype]: sys.exit(f"WRONG: {op}_step {dtype} Dk={Dk} Dv={Dv} B={B} inplace={inplace}: relative error {e:.1e}")
+            if not e <= TOL[dtype]: raise AssertionError(f"{op}_step {dtype} Dk={Dk} Dv={Dv} B={B} inplace={inplace}: relative error {e:.1e}")
             worst[op] = max(worst.get(op, 0.), e)
     return worst
 
@@ -83,19 +110,15 @@ def step_inputs(op, B, H, Dk, Dv, dtype, device):
     return q, k, v, [-torch.rand(B, 1, H, device=device), torch.rand(B, 1, H, device=device)]
 
 
-bench = functools.partial(triton.testing.do_bench, warmup=50, rep=300, return_mode="median")  # milliseconds
+def bench(call):
+    "Median milliseconds; without a GPU of three calls, under the interpreter."
+    if torch.cuda.is_available(): return triton.testing.do_bench(call, warmup=50, rep=300, return_mode="median")
+    return 1e3 * statistics.median(meter.timed(call) for _ in range(3))
 
 
-def ceilings():
-    "Bytes and bfloat16 operations a second that this device reaches, in a large copy and a large product."
-    x, n = torch.randn(2**28, device="cuda"), 8192
-    y, a = torch.empty_like(x), torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
-    return 2 * 4 * 2**28 / bench(lambda: y.copy_(x)) * 1e3, 2 * n**3 / bench(lambda: a @ a) * 1e3
-
-
-def lightning_inputs(B, T, H, D):
-    q, k, v, do = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    g = -(2. ** (-8 / H * torch.arange(1, H + 1, device="cuda")))
+def lightning_inputs(B, T, H, D, device="cuda", dtype=torch.bfloat16):
+    q, k, v, do = (torch.randn(B, T, H, D, device=device, dtype=dtype) for _ in range(4))
+    g = -(2. ** (-8 / H * torch.arange(1, H + 1, device=device)))
     return [x.requires_grad_() for x in (q, k, v)], do, g
 
 
@@ -106,7 +129,8 @@ def timed(form, qkv, do, g):
 
 
 def peer(op):
-    "fla's function for `op`, by our arguments; None without fla."
+    "fla's function for `op`, by our arguments; None without fla or without a GPU."
+    if not torch.cuda.is_available(): return None
     try:
         from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
         from fla.ops.gla import fused_recurrent_gla
@@ -128,10 +152,12 @@ def row(rows, what, ours, theirs, least):
     print(f"{what:44} {1e3 * ours:10.1f} us   fla {beside:>28}   share {least / ours:5.2f}", flush=True)
 
 
-def compare(bytes_s, flops_s):
+def compare(ceiling, sizes=SIZES, batches=BATCHES, heads=(16, 128), device="cuda", dtype=torch.bfloat16):
+    "Rows of times: lightning attention, then one token of each op with `heads` (number, width)."
     rows, fla = [], peer("lightning")
-    for name, (B, T, H, D) in SIZES.items():
-        qkv, do, g = lightning_inputs(B, T, H, D)
+    bytes_s, flops_s = ceiling["bytes"], ceiling["flops"]
+    for name, (B, T, H, D) in sizes.items():
+        qkv, do, g = lightning_inputs(B, T, H, D, device, dtype)
         ours = timed(kernels.lightning, qkv, do, g)
         theirs = timed(fla, qkv, do, g) if fla else (None, None)
         if fla:
@@ -141,15 +167,16 @@ def compare(bytes_s, flops_s):
         for what, t, f, tensors, passes in (("forward", ours[0], theirs[0], 4, 1), ("forward+backward", ours[1], theirs[1], 11, 4)):
             least = 1e3 * max(tensors * B * T * H * D * 2 / bytes_s, passes * B * T * H * (4 * 64 * D + 4 * D * D) / flops_s)
             row(rows, f"lightning {name} {what}", t, f, least)
-    for op, B in itertools.product(("lightning", "gla", "gdn"), BATCHES):
-        q, k, v, gates = step_inputs(op, B, 16, 128, 128, torch.bfloat16, "cuda")
-        state, fla = torch.randn(B, 16, 128, 128, device="cuda"), peer(f"{op}_step")
+    H, D = heads
+    for op, B in itertools.product(("lightning", "gla", "gdn"), batches):
+        q, k, v, gates = step_inputs(op, B, H, D, D, dtype, device)
+        state, fla = torch.randn(B, H, D, D, device=device), peer(f"{op}_step")
         with torch.no_grad():
             least = 1e3 * 2 * state.numel() * 4 / bytes_s
             theirs = bench(functools.partial(fla, q, k, v, *gates, state)) if fla else None
             for inplace in (True, False):
                 ours = bench(functools.partial(getattr(steps, f"{op}_step"), q, k, v, *gates, state=state, inplace=inplace))
-                row(rows, f"{op}_step B{B} H16 D128{' in place' * inplace}", ours, theirs, least)
+                row(rows, f"{op}_step B{B} H{H} D{D}{' in place' * inplace}", ours, theirs, least)
     return rows
 
 
@@ -185,10 +212,11 @@ if __name__ == "__main__":
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     if not options.no_checks:
         found["worst relative errors"] = check_lightning("cuda") | check_steps("cuda")
+        check_carried("cuda")
         print("correct; worst relative errors:", {name: f"{e:.1e}" for name, e in found["worst relative errors"].items()}, flush=True)
-    found["bytes/s"], found["flops/s"] = ceilings()
-    print(f"{found['device']}: {found['bytes/s'] / 1e12:.2f} TB/s, {found['flops/s'] / 1e12:.0f} TFLOP/s in bfloat16, measured", flush=True)
-    found["rows"] = compare(found["bytes/s"], found["flops/s"])
+    found["ceilings"] = meter.ceilings(torch.bfloat16, "cuda")
+    print(f"{found['device']}: {found['ceilings']['bytes'] / 1e12:.2f} TB/s, {found['ceilings']['flops'] / 1e12:.0f} TFLOP/s in bfloat16, measured", flush=True)
+    found["rows"] = compare(found["ceilings"])
     if options.sweep: found["sweep"] = sweep()
     if options.json:
         with open(options.json, "w") as file: json.dump(found, file, indent=1)
