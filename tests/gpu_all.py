@@ -7,7 +7,7 @@ r"""All that needs a GPU, in one script: parts that fail alone, saved one after 
 **It has not been run on a GPU yet.** The dry run, a test of `make test`, runs all its code but the
 branches for CUDA: device names, events, the memory of a device.
 
-Each part runs in a process of its own with a time bound (`PARTS`; 1,400 seconds together). A part
+Each part runs in a process of its own with a time bound (`PARTS`; 25 minutes together). A part
 that fails, runs out of time or ends its process is saved with the reason and with the figures that
 it had; the others go on. A FILE that exists is kept: parts that run again replace their older
 selves, and each part says on which device, with which versions and on which commit it ran.
@@ -16,8 +16,8 @@ selves, and each part says on which device, with which versions and on which com
 |---|---|
 | `kernels` | Triton kernels against float64: values, gradients, states; then their times |
 | `ops` | lightning, gla, gdn beside flash-linear-attention and flash attention |
-| `stages` | tokens a second and memory of four stages, Qwen3-0.6B and 1.7B, random weights |
 | `smollm2` | SmolLM2-135M: 10M tokens of stage 1, gates, gates against uniform |
+| `stages` | tokens a second and memory of four stages, Qwen3-0.6B and 1.7B, random weights |
 | `generate` | prefill, decode, cache bytes of teacher and hybrid, 8K to 512K tokens |
 
 A lent machine
@@ -40,12 +40,12 @@ when nobody calls. Each begins with `INSTALL` and carries `.whl` and `.json`. Af
     1. carry .one: mkdir -p ~/pieces; cp .one/* ~/pieces/
        python3 tests/gpu_all.py $A --parts kernels,ops
     2. carry .two: cp .two/part01 ~/pieces/
-       python3 tests/gpu_all.py $A --parts smollm2 --pieces ~/pieces --teacher ~/smollm2 \
-           --text .two/text.jsonl
-    3. python3 tests/gpu_all.py $A --parts stages,generate
+       python3 tests/gpu_all.py $A --parts smollm2,stages --pieces ~/pieces \
+           --teacher ~/smollm2 --text .two/text.jsonl
+    3. python3 tests/gpu_all.py $A --parts generate
 
-They take at most 8, 5.5 and 10 minutes. If the machine was lost between 1 and 2, the pieces are
-refused as no archive: repeat 1 with `--parts ops`, then 2."""
+They take at most 6.5, 9.5 and 9 minutes. If the machine was lost between 1 and 2, the pieces are
+refused as no archive: repeat 1 with `--parts ops`, then 2 with `--parts smollm2`."""
 import argparse
 import contextlib
 import datetime
@@ -249,13 +249,20 @@ def kernels(job: Job) -> None:
     torch.manual_seed(0)
     size = job.sizes
     # Triton 3.7 interprets products of bfloat16 as integers
-    kind = {"dtypes": (torch.float32, torch.float16)} if job.options.dry else {}
+    dtypes = [torch.float16, torch.float32] if job.options.dry else list(gpu_ops.TOL)
     dtype = torch.float16 if job.options.dry else torch.bfloat16
-    checks = {"lightning": (gpu_ops.check_lightning, size.lightning),
-              "carried": (gpu_ops.check_carried, size.carried),
-              "steps": (gpu_ops.check_steps, size.steps)}
-    for name, (check, how) in checks.items():
-        job.attempt(f"error of {name}", partial(check, job.device, **how, **kind))
+    checks = {"carried": (gpu_ops.check_carried, size.carried),
+              "steps": (gpu_ops.check_steps, size.steps),
+              "lightning": (gpu_ops.check_lightning, size.lightning)}
+
+    def check(name: str) -> None:
+        run, how = checks[name]
+        for kind in dtypes:
+            label = f"error of {name}, {kind}".replace("torch.", "")
+            job.attempt(label, partial(run, job.device, **how, dtypes=(kind,)))
+
+    check("carried")
+    check("steps")
     # times
     ceiling = ceilings(torch.float32 if job.options.dry else dtype, job.device)
     job.add("ceilings", ceiling)
@@ -265,6 +272,8 @@ def kernels(job: Job) -> None:
         return {row.pop("what"): without_none(row) for row in rows}
 
     job.attempt("times", times)
+    # the longest last
+    check("lightning")
 
 
 def without_none(row: dict[str, Any]) -> dict[str, Any]:
@@ -490,28 +499,43 @@ def scores(job: Job, hybrid: Any, teacher: Any, held: list[dict[str, Any]]) -> d
     "KL to the teacher where answers are predicted, and recall, on held-out books."
     import torch
 
+    from flashmorph.data.mixture import batches
     from flashmorph.measure.evaluate import evaluate_recall
     from flashmorph.model.logits import divergence, hidden_states
     total, number = 0., 0
     with torch.no_grad():
-        for row in held:
-            ids = row["input_ids"][None].to(job.device)
+        for batch in batches(held, 8, len(held)):
+            ids = batch["input_ids"].to(job.device)
             where = torch.zeros_like(ids, dtype=torch.bool)
-            where[:, :-1] = (row["answers"][None, 1:] > 0).to(job.device)
+            where[:, :-1] = (batch["answers"][:, 1:] > 0).to(job.device)
             ours, theirs = (hidden_states(model, ids)[where] for model in (hybrid, teacher))
             total += divergence(hybrid, teacher, ours, theirs).item() * len(ours)
             number += len(ours)
         return {"answer_kl": total / number, **evaluate_recall(hybrid, held, len(held))}
 
 
-def align_for_real(job: Job, model: Any, tokenizer: Any) -> dict[str, Any]:
+def fitting_steps(job: Job, teacher: Any) -> int:
+    "Steps of stage 1: as many as wanted, or as fit in 0.4 of the time that is left."
+    import flashmorph as fm
+    size = job.sizes
+    watch = clock(job)
+    rows = random_rows(4 * size.align_batch, size.row, teacher.config.vocab_size)
+    fm.align(fm.morph(teacher, "lightning"), rows, start="copy", steps=4, callbacks=[watch],
+             batch_size=size.align_batch, progress=False)
+    step = statistics.median(intervals(watch)[1:])
+    wanted = size.align_tokens // (size.align_batch * size.row)
+    steps = max(1, min(wanted, int(0.4 * job.left() / step)))
+    job.add("pace", {"step_s": step, "steps": steps, "wanted": wanted})
+    return steps
+
+
+def align_for_real(job: Job, model: Any, tokenizer: Any, steps: int) -> dict[str, Any]:
     "Stage 1 of many tokens; the error at the start and on rows that it has not read."
     import torch
 
     import flashmorph as fm
     size = job.sizes
     began = time.perf_counter()
-    steps = size.align_tokens // (size.align_batch * size.row)
     # the start reads rows of its own
     start = min(25_000, size.align_tokens)
     first = start // size.row + 2 * size.align_batch
@@ -559,7 +583,8 @@ def smollm2(job: Job) -> None:
     job.add("teacher", scores(job, teacher, teacher, held))
     # stages 1 and 2
     model = fm.morph(teacher, "lightning")
-    job.add("align", align_for_real(job, model, tokenizer))
+    steps = fitting_steps(job, teacher)
+    job.add("align", align_for_real(job, model, tokenizer, steps))
     ranking, gates = gates_for_real(job, model, tokenizer)
     job.add("gates", gates)
     # gates against uniform, without training afterwards
@@ -644,8 +669,8 @@ def generate(job: Job) -> None:
 # Parts in processes of their own
 
 PARTS: dict[str, tuple[Callable[[Job], None], float]] = {
-    "kernels": (kernels, 300), "ops": (ops, 180), "stages": (stages, 280),
-    "smollm2": (smollm2, 330), "generate": (generate, 310),
+    "kernels": (kernels, 240), "ops": (ops, 150), "smollm2": (smollm2, 300),
+    "stages": (stages, 270), "generate": (generate, 540),
 }
 
 
@@ -672,7 +697,8 @@ def run_part(name: str, options: argparse.Namespace, arguments: list[str]) -> di
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "part.json"
         command = [sys.executable, __file__, *arguments, "--only", name, "--into", str(into)]
-        child = subprocess.Popen(command, start_new_session=True)
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.dry else {}
+        child = subprocess.Popen(command, start_new_session=True, env=os.environ | hidden)
         late = False
         # with all that it has started
         try: child.wait(PARTS[name][1] * options.patience)
