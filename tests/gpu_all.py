@@ -267,11 +267,17 @@ def kernels(job: Job) -> None:
     ceiling = ceilings(torch.float32 if job.options.dry else dtype, job.device)
     job.add("ceilings", ceiling)
 
-    def times() -> dict[str, Any]:
-        rows = gpu_ops.compare(ceiling, **size.timing, device=job.device, dtype=dtype)
+    timing = {"sizes": gpu_ops.SIZES, "batches": gpu_ops.BATCHES, **size.timing}
+
+    def times(**what: Any) -> dict[str, Any]:
+        how = {"device": job.device, "dtype": dtype}
+        rows = gpu_ops.compare(ceiling, **timing | what, **how)
         return {row.pop("what"): without_none(row) for row in rows}
 
-    job.attempt("times", times)
+    for name, shape in timing["sizes"].items():
+        job.attempt(f"times, {name}", partial(times, sizes={name: shape}, batches=()))
+    for batch in timing["batches"]:
+        job.attempt(f"times of a step, {batch}", partial(times, sizes={}, batches=(batch,)))
     # the longest last
     check("lightning")
 

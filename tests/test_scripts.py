@@ -197,7 +197,8 @@ def test_kernels_are_right_and_timed(parts):
             assert 0 < found[f"error of {name}, {kind}"][kind] < most
         steps = found[f"error of steps, {kind}"]
         assert set(steps) == {"lightning", "gla", "gdn"} and max(steps.values()) < most
-    assert len(found["times"]) == 2 + 2 * 3
+    assert len(found["times, B1 H2 D16 T70"]) == 2
+    assert len(found["times of a step, 1"]) == 2 * 3
 
 
 def test_ops_are_timed_beside_flash_attention(parts):
