@@ -5,7 +5,8 @@ __version__ = "0.0.1"
 # What is slow to import (plotly, datasets, kernels) is imported inside the functions that need it:
 # `import flashmorph` stays light, which tests/test_rules.py checks. The import of
 # `flashmorph.model.hybrid` registers the hybrid with transformers' Auto classes.
-from flashmorph.choose.gates import GateRun, train_gates
+from flashmorph.choose.gates import train_gates
+from flashmorph.choose.trajectory import GateRun
 from flashmorph.choose.uniform import uniform
 from flashmorph.data.mixture import Mixture
 from flashmorph.data.passkeys import passkeys

@@ -12,7 +12,7 @@ from rich.console import Console
 from small import PROGRAM, save_teacher, small_recipe
 from typer.testing import CliRunner
 
-from flashmorph.choose.gates import GateRun
+from flashmorph.choose.trajectory import GateRun
 from flashmorph.folder import Run
 from flashmorph.run import cli
 from flashmorph.run.recipe import save_recipe

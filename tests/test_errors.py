@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from flashmorph.run.cli import app
 from flashmorph.store import Checkpoints
-from flashmorph.choose.gates import GateRun
+from flashmorph.choose.trajectory import GateRun
 from flashmorph.run.convert import convert
 from flashmorph.run.recipe import load_recipe, recipe_from_dict, recipe_toml
 from flashmorph.model.teacher import load_teacher

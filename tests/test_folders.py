@@ -17,7 +17,7 @@ from small import PROGRAM, Stop, save_teacher, small_recipe
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from flashmorph.choose.gates import GateRun
+from flashmorph.choose.trajectory import GateRun
 from flashmorph.folder import Run
 from flashmorph.place import old_runs, put_back, take_place
 from flashmorph.run import convert as chapter

@@ -10,7 +10,7 @@ from browser import chromium, open_page
 from rich.console import Console
 from transformers import Qwen3Config
 
-from flashmorph.choose.gates import GateRun
+from flashmorph.choose.trajectory import GateRun
 from flashmorph.model.hybrid import HybridConfig
 from flashmorph.selection import Selection
 from flashmorph.show.report import write_report

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from flashmorph.choose.gates import GateRun, train_gates
+from flashmorph.choose.gates import train_gates
+from flashmorph.choose.trajectory import GateRun
 from flashmorph.data.passkeys import passkeys
 from flashmorph.data.text import text
 from flashmorph.folder import Run

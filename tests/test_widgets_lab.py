@@ -10,7 +10,7 @@ import torch
 from browser import LabPage, chromium, jupyterlab, open_page
 from transformers import AutoConfig
 
-from flashmorph.choose.gates import GateRun
+from flashmorph.choose.trajectory import GateRun
 from flashmorph.results import METRICS, RecallGrid, amount, percent
 from flashmorph.selection import Selection, top_k
 from flashmorph.show.compare import RecallMap, SelectionCompare

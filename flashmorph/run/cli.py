@@ -84,7 +84,7 @@ def demo(
 # %% ../../nbs/86_run.cli.ipynb #ef9973ff
 def selected(run: Path, method: str, budget: int) -> Selection:
     "The layers that `method` would keep in a run. Raises `ValueError` for an unknown method."
-    from flashmorph.choose.gates import GateRun
+    from flashmorph.choose.trajectory import GateRun
     from flashmorph.choose.uniform import uniform
     gates = GateRun.load(run)
     if method == "flashmorph": return gates.select(budget)

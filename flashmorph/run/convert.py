@@ -157,6 +157,7 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     gates = work.train("gates", train_gates, model, materials.books(work.recipe.seed))
     # what the gates choose, unless somebody has chosen otherwise
     ours = gates.select(materials.budget)
+    for doubt in gates.doubts(materials.budget): work.say(f"doubt: {doubt}")
     selection = chosen(ours, work.ledger)
     if selection is not ours:
         work.say(f"keep the layers of selection.json: {list(selection.layers)}")
@@ -239,7 +240,6 @@ def start(
     check_place(run.folder, overwrite, keep)
     materials = Materials(recipe)
     check_materials(materials)
-
     # nothing was touched until here
     if not is_free(run.folder): move_aside(run.folder, keep)
     with run.lock():

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 import plotly.graph_objects as go
 import traitlets as T
-from ..choose.gates import GateRun
-from ..selection import Ranking, check_budget, check_pins, top_k
+from ..choose.trajectory import GateRun, all_doubts
+from ..results import METRICS, Cost, amount, percent
+from ..selection import Ranking, Selection, check_budget, check_pins, top_k
 from .look import FULL, LINEAR, Figure, layer_step, styled
 from .widget import Widget, allowed
 
 # %% auto #0
-__all__ = ['CHOICE', 'Choice', 'state_of', 'choice_of', 'History', 'Chooser', 'ranking_of', 'scores_of', 'budget_figure']
+__all__ = ['CHOICE', 'Choice', 'state_of', 'choice_of', 'History', 'Chooser', 'ranking_of', 'doubts_of', 'summary', 'scores_of',
+           'budget_figure']
 
 # %% ../../nbs/75_show.chooser.ipynb #cbbea148
 @dataclass(frozen=True)
@@ -161,6 +163,26 @@ def ranking_of(run: Any) -> Ranking:
     if isinstance(ranking, Ranking): return ranking
     raise TypeError("run: expected a GateRun, a Ranking, or a run folder, "
                     f"got {type(run).__name__}")
+
+
+def doubts_of(run: Any) -> list[str]:
+    "What makes the sets of a gate run, or of its folder, doubtful, for each budget; else nothing."
+    if isinstance(run, (str, Path)): run = GateRun.load(run)
+    return all_doubts(run) if isinstance(run, GateRun) else []
+
+# %% ../../nbs/75_show.chooser.ipynb #b1eb1dce
+def summary(
+    selection: Selection, cost: Cost | None, recall: float | None, doubt: str = ""
+) -> str:
+    "What is known of a choice, in lines."
+    lines = [str(selection)]
+    if cost is not None:
+        cache, prefill, read, size = (amount(getattr(cost, m.key), m.unit) for m in METRICS)
+        lines.append(f"at {cost.context:,} tokens: cache {cache}, prefill {prefill}, "
+                     f"{read} read for each new token, {size} parameters")
+    if recall is not None: lines.append(f"zero-shot recall {percent(recall)}")
+    if doubt: lines.append(f"doubt: {doubt}")
+    return "\n".join(lines)
 
 # %% ../../nbs/75_show.chooser.ipynb #9d50e010
 def scores_of(ranking: Ranking) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 import plotly.graph_objects as go
 import traitlets as T
-from ..choose.gates import GateRun
+from ..choose.trajectory import GateRun
 from ..results import RecallGrid
 from ..selection import Ranking, Selection, check_budget
 from .figures import selection_figure

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 import torch
 import traitlets as T
-from ..choose.gates import GateRun
+from ..choose.trajectory import GateRun
 from ..choose.uniform import uniform
 from ..measure.cost import CostModel
 from ..measure.evaluate import evaluate_recall
 from ..model.hybrid import HybridConfig
 from ..model.morph import MorphableModel, share
-from ..results import METRICS, Cost, amount, percent
+from ..results import METRICS, Cost
 from ..selection import Ranking, Selection
-from .chooser import (
-    Choice, Chooser, History, budget_figure, ranking_of, scores_of, state_of)
+from flashmorph.show.chooser import (
+    Choice, Chooser, History, budget_figure, doubts_of, ranking_of, scores_of, state_of,
+    summary)
 from .look import Figure
 from .widget import Refused, cost_table, layers_of, mask_of, method_sets, script
 
 # %% auto #0
-__all__ = ['NEEDED', 'Counted', 'RecallMeter', 'Measured', 'Committed', 'summary', 'BudgetExplorer']
+__all__ = ['NEEDED', 'Counted', 'RecallMeter', 'Measured', 'Committed', 'BudgetExplorer']
 
 # %% ../../nbs/76_show.explorer.ipynb #6239bb9a
 class Counted(Chooser):
@@ -224,17 +225,6 @@ class Committed(Chooser):
                           "hybrid": self.hybrid is not None}
         return selection if self.hybrid is None else self.hybrid
 
-# %% ../../nbs/76_show.explorer.ipynb #b1eb1dce
-def summary(selection: Selection, cost: Cost | None, recall: float | None) -> str:
-    "What is known of a choice, in lines."
-    lines = [str(selection)]
-    if cost is not None:
-        cache, prefill, read, size = (amount(getattr(cost, m.key), m.unit) for m in METRICS)
-        lines.append(f"at {cost.context:,} tokens: cache {cache}, prefill {prefill}, "
-                     f"{read} read for each new token, {size} parameters")
-    if recall is not None: lines.append(f"zero-shot recall {percent(recall)}")
-    return "\n".join(lines)
-
 # %% ../../nbs/76_show.explorer.ipynb #d99a5759
 def _config_for(model: Any, folder: Path | None) -> Any:
     "What costs are counted from: the model, or the hybrid in the run folder, if there is any."
@@ -263,6 +253,7 @@ class BudgetExplorer(Counted, Measured, Committed):
     buttons = ("commit", "measure", "stop")
     scores = T.List(T.Float()).tag(sync=True)
     score_name = T.Unicode("gate").tag(sync=True)
+    doubts = T.List(T.Unicode()).tag(sync=True)     # for each budget, if there are any
 
     def __init__(self, run: GateRun | Ranking | str | Path, model: Any = None, config: Any = None,
                  books: Iterable[dict[str, torch.Tensor]] | None = None,
@@ -277,7 +268,8 @@ class BudgetExplorer(Counted, Measured, Committed):
         now = Choice(L, budget, tuple(full), tuple(linear))
         if compare is None: compare = {"uniform": lambda k: uniform(L, k)}
         super().__init__(
-            order=list(self.ranking.order), scores=list(scores_of(self.ranking)), context=context,
+            order=list(self.ranking.order), scores=list(scores_of(self.ranking)),
+            doubts=doubts_of(run), context=context,
             others=method_sets(compare, L), begun=state_of(now), **History(now).state())
         self.show(History(now))
         if folder is None and isinstance(run, (str, Path)): folder = run
@@ -293,4 +285,6 @@ class BudgetExplorer(Counted, Measured, Committed):
         _check_size(self.count_with(config, mixer or own), L, "the configuration")
 
     def figure(self) -> Figure: return budget_figure(self.ranking, self.heard().now)
-    def __str__(self) -> str: return summary(self.selection, self.cost, self.recall)
+    def __str__(self) -> str:
+        doubt = self.doubts[self.heard().now.budget] if self.doubts else ""
+        return summary(self.selection, self.cost, self.recall, doubt)

@@ -21,7 +21,7 @@ __all__ = ['CURVES', 'STAGE_COLORS', 'gates_figure', 'loss_figure', 'selection_f
 
 # %% ../../nbs/71_show.figures.ipynb #5d02de13
 if TYPE_CHECKING:
-    from flashmorph.choose.gates import GateRun
+    from flashmorph.choose.trajectory import GateRun
 
 # %% ../../nbs/71_show.figures.ipynb #bbedf61a
 def _numbers(steps: Sequence[int] | None, n: int) -> list[int]:

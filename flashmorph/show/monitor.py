@@ -14,16 +14,16 @@ import plotly.graph_objects as go
 import torch
 import traitlets as T
 from torch import Tensor
-from ..choose.gates import GateRun
+from ..choose.trajectory import GateRun, all_doubts
 from ..results import number
 from ..selection import check_budget
 from .figures import gates_figure, loss_figure
 from .look import Figure, styled, thin
-from .widget import Widget, allowed, script
+from .widget import Outputs, Widget, allowed, script
 from ..train.fit import Callback, FitConfig, FitResult
 
 # %% auto #0
-__all__ = ['LOSSES', 'Recording', 'packed', 'unpacked', 'picture', 'TraceView', 'trace_figure', 'Outputs', 'Ration', 'recorded',
+__all__ = ['LOSSES', 'Recording', 'packed', 'unpacked', 'picture', 'TraceView', 'trace_figure', 'Ration', 'recorded',
            'GateMonitor']
 
 # %% ../../nbs/74_show.monitor.ipynb #9a0860eb
@@ -31,8 +31,13 @@ LOSSES = {"loss": "loss", "align": "to the teacher"}     # key of an event -> na
 
 
 class Recording:
-    "One stage of `steps` steps: losses, and a number for each layer, a gate or a loss (`what`)."
-    def __init__(self, steps: int = 0, events: Iterable[Mapping[str, Any]] = ()):
+    """One stage of `steps` steps: losses, and a number for each layer, a gate or a loss (`what`).
+
+    `align`: what gates are trained for, which says how they rank."""
+    def __init__(
+        self, steps: int = 0, events: Iterable[Mapping[str, Any]] = (), align: str = ""
+    ):
+        self.align = align
         self.steps: list[int] = []
         self.curves: dict[str, list[Any]] = {}
         self.what = ""
@@ -44,6 +49,10 @@ class Recording:
     def rows(self) -> Tensor | None:
         "`(steps so far, layers)`, or `None`."
         return self._rows[:len(self.steps)] if self.what else None
+
+    def gates(self, count: int | None = None) -> GateRun:
+        "The gates up to now, or the first `count` rows of them."
+        return GateRun(self._rows[:len(self.steps)][:count], settings={"align": self.align})
 
     @property
     def rate(self) -> float:
@@ -102,14 +111,17 @@ def _short(value: Any) -> float | None:
     return None if found is None else float(f"{found:.5g}")
 
 # %% ../../nbs/74_show.monitor.ipynb #4da5c5f9
-def _layers_state(rows: Tensor, at: Sequence[int], what: str, full: bool) -> dict[str, Any]:
+def _layers_state(recording: Recording, at: Sequence[int], full: bool) -> dict[str, Any]:
     "A number for each layer at the steps `at`; for gates also the order of the layers."
-    state = _matrix(rows[at], what)
-    if what != "gate": return state
+    assert recording.rows is not None
+    state = _matrix(recording.rows[at], recording.what)
+    if recording.what != "gate": return state
     steps = at if full else at[-1:]
-    orders = [GateRun(rows[:i + 1]).order() for i in steps]
-    written = packed(torch.tensor(orders), "<u2") if full else ""
-    return {**state, "order": orders[-1], "orders": written}
+    orders = [recording.gates(i + 1).order() for i in steps]
+    state["order"] = orders[-1]
+    if not full: return state
+    doubts = all_doubts(recording.gates())
+    return {**state, "orders": packed(torch.tensor(orders), "<u2"), "doubts": doubts}
 
 # %% ../../nbs/74_show.monitor.ipynb #c8be1fe3
 def picture(recording: Recording, full: bool) -> dict[str, Any]:
@@ -122,11 +134,11 @@ def picture(recording: Recording, full: bool) -> dict[str, Any]:
     state = {
         "kept": kept, "losses": losses, "done": kept[-1] if kept else 0, "rate": recording.rate,
         "what": recording.what, "num_layers": 0, "matrix": "", "order": [], "orders": "",
+        "doubts": [],
     }
     # the layers, if there are numbers of them
-    rows = recording.rows
-    if rows is None or not at: return state
-    return {**state, **_layers_state(rows, at, recording.what, full)}
+    if recording.rows is None or not at: return state
+    return {**state, **_layers_state(recording, at, full)}
 
 # %% ../../nbs/74_show.monitor.ipynb #1785258e
 class TraceView(Widget):
@@ -149,6 +161,7 @@ class TraceView(Widget):
     losses = T.Dict().tag(sync=True)
     order: Any = T.List().tag(sync=True)
     orders = T.Unicode("").tag(sync=True)          # (steps, layers), of a finished training
+    doubts: Any = T.List(T.Unicode()).tag(sync=True)    # for each budget, of a finished training
 
     @T.validate("budget")
     def _fits(self, proposal: Any) -> int:
@@ -169,7 +182,8 @@ class TraceView(Widget):
         where = f"{self.stage or 'no training yet'}: step {self.done} of {self.total}"
         if not self.order: return where
         kept = sorted(self.order[:self.budget])
-        return f"{where}; layers {kept} at budget {self.budget}"
+        doubt = self.doubts[self.budget] if self.doubts else ""
+        return f"{where}; layers {kept} at budget {self.budget}{doubt and f' ({doubt})'}"
 
 # %% ../../nbs/74_show.monitor.ipynb #32a8096c
 def trace_figure(view: TraceView) -> Figure:
@@ -183,30 +197,6 @@ def trace_figure(view: TraceView) -> Figure:
         events.append({"stage": view.stage, "step": step, "loss": known})
     if events: return loss_figure(events)
     return styled(go.Figure(), "No training yet", 200)
-
-# %% ../../nbs/74_show.monitor.ipynb #975397f0
-class Outputs:
-    "The places of a notebook where a widget is shown; `on`: whether it shows itself."
-    def __init__(self, on: bool = True):
-        self.on = on
-        self.handles: list[Any] = []
-
-    def show(self, widget: Widget) -> None:
-        "Show `widget` in the cell that runs."
-        from IPython.display import display
-        data, meta = widget._repr_mimebundle_()
-        handle = display(data, metadata=meta, raw=True, display_id=True)
-        if handle: self.handles.append(handle)
-
-    def show_once(self, widget: Widget) -> None:
-        "Show `widget` if this is a notebook that does not show it yet."
-        from IPython import get_ipython
-        if self.on and not self.handles and get_ipython() is not None: self.show(widget)
-
-    def update(self, widget: Widget) -> None:
-        "Replace what was shown by what `widget` is now."
-        data, meta = widget._repr_mimebundle_()
-        for handle in self.handles: handle.update(data, metadata=meta, raw=True)
 
 # %% ../../nbs/74_show.monitor.ipynb #0e8c90d2
 class Ration:
@@ -235,7 +225,7 @@ def _budget(wanted: int | None, num_layers: int) -> int:
 def recorded(run: GateRun | str | Path) -> Recording:
     "The recording of a finished gate training, with the gates before the first step."
     run = run if isinstance(run, GateRun) else GateRun.load(run)
-    recording = Recording(len(run.trajectory))
+    recording = Recording(len(run.trajectory), align=run.settings.get("align", ""))
     losses = [None, *run.losses] if run.losses else [None] * len(run.trajectory)
     for step, (gates, loss) in enumerate(zip(run.trajectory.tolist(), losses)):
         event = {"step": step, "gates": gates}
@@ -262,7 +252,7 @@ class GateMonitor(TraceView, Callback):
     def drawing(self) -> float: return self.ration.spent      # seconds, in the present stage
 
     def start(self, stage: str, config: FitConfig, events: list[dict[str, Any]]) -> None:
-        self.recording = Recording(config.steps, events)
+        self.recording = Recording(config.steps, events, getattr(config, "align", ""))
         self.put(stage=stage, total=config.steps, running=True, seconds=0.0)
         self.draw()
         self.outputs.show_once(self)

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 import torch
-from ..choose.gates import GateRun
+from ..choose.trajectory import GateRun
 from ..model.hybrid import HybridConfig
 from ..results import (
     Cost, Results, duration, label, percent, read_results, stage_label)

@@ -14,14 +14,14 @@ from typing import Any
 import anywidget
 import torch
 import traitlets as T
-from ..choose.gates import GateRun
+from ..choose.trajectory import GateRun
 from ..measure.cost import CostModel
 from ..results import METRICS, UNITS
 from ..selection import Ranking, Selection, top_k
 from .look import CONFIG, OKABE_ITO, Figure
 
 # %% auto #0
-__all__ = ['PLOTLY', 'source', 'script', 'compact', 'page_of', 'Widget', 'Refused', 'allowed', 'mask_of', 'layers_of',
+__all__ = ['PLOTLY', 'source', 'script', 'compact', 'page_of', 'Widget', 'Outputs', 'Refused', 'allowed', 'mask_of', 'layers_of',
            'method_sets', 'cost_table']
 
 # %% ../../nbs/73_show.widget.ipynb #63f7213b
@@ -103,6 +103,30 @@ class Widget(anywidget.AnyWidget):
         figure = {**json.loads(self.figure().to_json()), "config": CONFIG}
         text = {"text/plain": str(self), "text/html": self.to_html()}
         return {**data, **text, PLOTLY: figure}, meta
+
+# %% ../../nbs/73_show.widget.ipynb #975397f0
+class Outputs:
+    "The places of a notebook where a widget is shown; `on`: whether it shows itself."
+    def __init__(self, on: bool = True):
+        self.on = on
+        self.handles: list[Any] = []
+
+    def show(self, widget: Widget) -> None:
+        "Show `widget` in the cell that runs."
+        from IPython.display import display
+        data, meta = widget._repr_mimebundle_()
+        handle = display(data, metadata=meta, raw=True, display_id=True)
+        if handle: self.handles.append(handle)
+
+    def show_once(self, widget: Widget) -> None:
+        "Show `widget` if this is a notebook that does not show it yet."
+        from IPython import get_ipython
+        if self.on and not self.handles and get_ipython() is not None: self.show(widget)
+
+    def update(self, widget: Widget) -> None:
+        "Replace what was shown by what `widget` is now."
+        data, meta = widget._repr_mimebundle_()
+        for handle in self.handles: handle.update(data, metadata=meta, raw=True)
 
 # %% ../../nbs/73_show.widget.ipynb #2023921c
 class Refused(ValueError, T.TraitError):

@@ -17,6 +17,8 @@ function explorerNote({ model, L, place, scores, scoreName, choice, picked }, la
   }
   const done = model.get("committed");
   if (complaint || model.get("error")) return complaint || model.get("error");
+  const doubt = model.get("doubts")[choice().budget];
+  if (!done.layers && doubt) return `Doubtful: ${doubt}.`;
   if (!done.layers) return "Click a layer to pin it: once full, twice linear, three times free.";
   const same = String(done.layers) === String(picked());
   return [

@@ -118,7 +118,8 @@ function render({ model, el }) {
     if (document.activeElement !== budget) budget.value = t.budget();
     put(budget, { max: t.L() });
     const now = gates && t.running() ? " the set is that of now, not final" : "";
-    put(note, { text: hover || (at === null ? "" : `at step ${step}`) + now });
+    const doubt = at === null ? t.doubt() : "";
+    put(note, { text: hover || (at === null ? doubt : `at step ${step}`) + now });
   }
 
   function paint(width = Math.round(chart.clientWidth)) {

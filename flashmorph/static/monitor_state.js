@@ -15,6 +15,8 @@ function trace(model) {
     what: () => model.get("what"),
     /** @returns {number} */
     budget: () => model.get("budget"),
+    /** Why the set at the budget might be another, or nothing. @returns {string} */
+    doubt: () => model.get("doubts")[model.get("budget")] ?? "",
     /** @returns {number} */
     done: () => model.get("done"),
     /** @returns {number} */
