@@ -133,6 +133,12 @@ def _layers(record: Any, name: str) -> tuple[int, ...]:
         got = f"{record!r:.80}"
         raise ValueError(f"results: {name}: expected a list of layers, got {got}") from None
 
+# %% ../nbs/02_results.ipynb #11d0d631
+def _numbers(record: Any, name: str) -> dict[str, float]:
+    "The numbers of a table by name; `ValueError` if it is no table."
+    found = {key: number(value) for key, value in _table(record, name).items()}
+    return {key: value for key, value in found.items() if value is not None}
+
 # %% ../nbs/02_results.ipynb #40df061b
 @dataclass(frozen=True)
 class ModelResult:
@@ -164,6 +170,7 @@ class Results:
     layers: tuple[int, ...] | None = None                     # full attention in the hybrid
     selections: dict[str, tuple[int, ...]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)   # by stage
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)    # tokens, peak_memory, ...
     facts: dict[str, Any] = field(default_factory=dict)       # teacher, mixer, budget, context
 
     @property
@@ -199,6 +206,8 @@ def read_results(record: Any) -> Results:
     models = _table(record.get("models"), "models")
     chosen = _table(record.get("selections"), "selections")
     seconds = {stage: number(s) for stage, s in _table(record.get("seconds"), "seconds").items()}
+    spent = {stage: _numbers(taken, f"spent.{stage}")
+             for stage, taken in _table(record.get("spent"), "spent").items()}
     # single values
     num_layers = number(record.get("num_layers"))
     facts = ("teacher", "mixer", "budget", "context")
@@ -208,6 +217,7 @@ def read_results(record: Any) -> Results:
         layers=None if record.get("layers") is None else _layers(record["layers"], "layers"),
         selections={name: _layers(layers, name) for name, layers in chosen.items()},
         seconds={stage: s for stage, s in seconds.items() if s is not None},
+        spent=spent,
         facts={name: record[name] for name in facts if record.get(name) is not None})
 
 # %% ../nbs/02_results.ipynb #fae4faf8

@@ -46,6 +46,15 @@ def test_every_stage_ran(llama_run):
         assert set(scores) - {"parameters", "cache_bytes"} == ({"zero_shot"} if name == "teacher" else {"zero_shot", "distilled", "finetuned"})
         assert 0 <= scores["zero_shot"]["recall"] <= 1 and scores["zero_shot"]["length"] == 300
     assert {"align", "gates", "distill-flashmorph", "finetune-flashmorph"} <= set(results["seconds"])
+    trained = {stage for stage in results["seconds"] if not stage.startswith("evaluate")}
+    assert set(results["spent"]) == trained
+    for stage, taken in results["spent"].items():
+        assert taken["seconds"] == results["seconds"][stage] and taken["peak_memory"] > 1e7
+        assert taken["tokens_s"] == taken["tokens"] / taken["seconds"]
+    # four steps of two rows; align's start reads 384 tokens in whole batches
+    assert results["spent"]["gates"]["tokens"] == 4 * 2 * 300
+    assert results["spent"]["align"]["tokens"] == 4 * 2 * 64 + 384
+    assert "<h2>What it took</h2>" in (folder / "report.html").read_text()
     selection = Selection.load(folder)
     assert list(selection.layers) == results["layers"] and selection.budget == 2 and selection.digest
     assert load_recipe(folder / "recipe.toml") == recipe

@@ -14,7 +14,7 @@ from flashmorph.choose.trajectory import GateRun
 from flashmorph.model.hybrid import HybridConfig
 from flashmorph.selection import Selection
 from flashmorph.show.report import write_report
-from flashmorph.show.table import results_table
+from flashmorph.show.table import results_table, spent_table
 from flashmorph.store import EventLog
 
 EVIL = ("</script></pre><script>window.bad = 1</script><img src=x onerror='window.bad = 1'>"
@@ -78,7 +78,7 @@ class Tags(HTMLParser):
 
 def left_out(page: str) -> list[str]:
     "The sections that a report leaves out."
-    return re.findall(r'class="missing">(\w+) left out', page)
+    return re.findall(r'class="missing">([\w ]+) left out', page)
 
 
 @pytest.mark.parametrize("L", [1, 12, 96])
@@ -115,7 +115,7 @@ def test_every_stage_is_shown(tmp_path):
 BROKEN = {
     "recipe.toml": {"Recipe"}, "gates.json": {"Gates", "Costs"}, "log.jsonl": {"Losses"},
     "selection.json": {"Layers"}, "hybrid/config.json": {"Costs"},
-    "results.json": {"Summary", "Results", "Layers", "Time", "Costs"}}
+    "results.json": {"Summary", "Results", "Layers", "What it took", "Costs"}}
 DEEP = "[" * 100_000
 
 
@@ -144,6 +144,7 @@ def test_a_broken_piece_costs_only_its_sections(tmp_path, name, how):
 
 @pytest.mark.parametrize("change", [
     {"models": {"x": 3}}, {"models": 3}, {"seconds": [1]}, {"layers": 3}, {"selections": [1]},
+    {"spent": [1]}, {"spent": {"align": 3}},
     {"models": {"flashmorph": {"zero_shot": [1]}}}, {"context": "long"}, {"num_layers": "many"},
     {"selections": {"uniform": [99]}}, {"models": {"teacher": {"zero_shot": {"recall": "high"}}}}])
 def test_results_of_another_shape(tmp_path, change):
@@ -205,3 +206,19 @@ def test_in_a_browser(tmp_path, scheme, request):
         assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 26)")
         if shots := request.config.getoption("--screenshots"):
             page.screenshot(path=f"{shots}/report-{scheme}.png", full_page=True)
+
+
+def test_what_it_took(tmp_path):
+    "A row for each stage in the report and in the terminal; runs of earlier versions have times."
+    folder = make_run(tmp_path / "run", 6)
+    page = write_report(folder).read_text()
+    assert "align</td><td>—</td><td>—</td><td>3.0 s</td><td>—" in page
+    taken = {"tokens": 90_000, "tokens_s": 30_000.0, "seconds": 3.0, "peak_memory": 1.2e9}
+    results = {**make_results(6), "spent": {"align": taken}}
+    (folder / "results.json").write_text(json.dumps(results))
+    page = write_report(folder).read_text()
+    assert "align</td><td>90K</td><td>30K</td><td>3.0 s</td><td>1.2 GB" in page
+    assert "all</td><td>90K</td><td>—</td><td>7.0 s</td><td>1.2 GB" in page
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(spent_table(results))
+    assert re.search(r"align +90K +30K +3.0 s +1.2 GB", console.export_text())

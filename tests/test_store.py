@@ -400,3 +400,45 @@ def test_json_that_is_none_names_the_file(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="x.json is not a thing"): read_json(path, "a thing")
+
+
+# What a training takes
+
+class Costs(Callback):
+    "What the watchers hear after each step."
+    def __init__(self): self.heard = []
+
+    def spent(self, so_far): self.heard.append((so_far.steps, so_far.peak_memory))
+
+
+def test_peak_memory_is_the_highest_of_all_sessions(tmp_path):
+    "A block of 400 MB counts while it is there, and in the resumed training too."
+    class Large(Slope):
+        def forward(self, batch):
+            block = torch.ones(100 * 2**20)
+            return super().forward(batch)[0] + 0 * block[0], {}
+
+    small = slope().peak_memory
+    stopped(tmp_path, objective=Large())
+    resumed = slope(tmp_path, resume=True)
+    assert resumed.peak_memory > small + 3e8
+    # a finished training is loaded, with its peak
+    assert slope(tmp_path, resume=True).peak_memory == resumed.peak_memory
+
+
+def test_checkpoints_without_peak_memory_load(tmp_path):
+    stopped(tmp_path)
+    path = Run(tmp_path).checkpoints("demo").paths()[-1]
+    tensors, meta = Checkpoints.read(path)
+    del meta["peak_memory"]
+    path.unlink()
+    Run(tmp_path).checkpoints("demo").save(meta.pop("step"), tensors, meta)
+    assert slope(tmp_path, resume=True).peak_memory > 0
+
+
+def test_watchers_hear_what_is_spent():
+    costs = Costs()
+    slope(callbacks=[costs])
+    assert [step for step, _ in costs.heard] == [1, 2, 3, 4, 5, 6]
+    peaks = [peak for _, peak in costs.heard]
+    assert peaks == sorted(peaks) and peaks[0] > 0

@@ -45,7 +45,7 @@ def run_recipe(
     "Convert, and print the table of results."
     from flashmorph.run.convert import convert
     from flashmorph.run.recipe import load_recipe
-    from flashmorph.show.table import results_table
+    from flashmorph.show.table import results_table, spent_table
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                   # of loading and saving; the bars of training stay
     with plain_errors(out):
@@ -54,6 +54,7 @@ def run_recipe(
         loaded = load_recipe(recipe, changes) if recipe else None
         results = convert(loaded, out, resume=resume, overwrite=overwrite, say=show_step)
         console.print(results_table(results))
+        console.print(spent_table(results))
         for name in ("hybrid", "report.html", "results.json"): show(f"{name:13} {out / name}")
 
 # %% ../../nbs/86_run.cli.ipynb #d453a054

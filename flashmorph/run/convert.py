@@ -16,17 +16,15 @@ from ..folder import Run
 from ..ledger import Ledger, adopt, check_finite, chosen, is_finished, read_scores
 from ..measure.cost import cost
 from ..measure.evaluate import evaluate
+from ..measure.spend import Spending
 from ..model.hybrid import HybridForCausalLM
 from ..model.morph import MorphableModel, morph
-from flashmorph.place import (
-    check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid,
-)
-from flashmorph.run.materials import (
-    Materials, check_materials, recipe_facts, short_hash, stage_facts,
-)
-from flashmorph.run.recipe import (
-    Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths,
-)
+from ..place import (
+    check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
+from .materials import (
+    Materials, check_materials, recipe_facts, short_hash, stage_facts)
+from .recipe import (
+    Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths)
 from ..selection import Selection
 from ..show.report import write_report
 from ..store import read_json, write_aside
@@ -49,7 +47,9 @@ class Conversion:
         self.recipe = materials.recipe
         self.run = run
         self.say = say
-        self.options = options                          # of every training: callbacks, progress
+        self.spending = Spending()
+        # of every training
+        self.options = {**options, "callbacks": [*options.get("callbacks", ()), self.spending]}
         self.facts = stage_facts(materials)
         self.scores = read_scores(run)
         self.ledger = Ledger(run, self.scores)
@@ -68,8 +68,7 @@ class Conversion:
         digest = short_hash(json.dumps(facts, sort_keys=True))
         known = {"stage": stage, "facts": {"facts": digest}}
         result = function(*inputs, settings, run=self.run, resume=True, **known, **self.options)
-        seconds = getattr(result, "seconds", None)
-        self.seconds[stage] = seconds or result.settings["seconds"]
+        self.seconds[stage] = self.spending.stages[stage]["seconds"]
         return result
 
     def evaluate(self, model: nn.Module, name: str, when: str, layers: list[int]) -> None:
@@ -135,6 +134,7 @@ def results_of(work: Conversion) -> dict[str, Any]:
         "mixer": recipe.mixer,
         "context": recipe.passkeys.length,
         "seconds": {**work.seconds, **taken},
+        "spent": work.spending.stages,
         "models": {name: found for name, found in models.items() if "zero_shot" in found},
     }
 

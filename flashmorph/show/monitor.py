@@ -150,6 +150,7 @@ class TraceView(Widget):
     running = T.Bool(False).tag(sync=True)
     rate = T.Float(0.0).tag(sync=True)             # steps a second
     seconds = T.Float(0.0).tag(sync=True)
+    taken = T.Dict().tag(sync=True)                # tokens, tokens_s, peak_memory
     frame = T.Int(0).tag(sync=True)                # counts drawings
     budget: Any = T.Any(0).tag(sync=True)
     what = T.Unicode("").tag(sync=True)            # of a layer: "gate", "loss", or nothing
@@ -174,7 +175,7 @@ class TraceView(Widget):
             for name, value in state.items(): setattr(self, name, value)
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "rate": 0.0, "seconds": 0.0, "running": False}
+        return {**super().state(), "rate": 0.0, "seconds": 0.0, "taken": {}, "running": False}
 
     def figure(self) -> Figure: return trace_figure(self)
 
@@ -246,13 +247,14 @@ class GateMonitor(TraceView, Callback):
         self.wanted = budget
         self.ration = Ration(interval)
         self.outputs = Outputs(show)
-        self.recording = Recording()
+        self.recording, self.so_far = Recording(), FitResult("", 0, 0, 0.0)
 
     @property
     def drawing(self) -> float: return self.ration.spent      # seconds, in the present stage
 
     def start(self, stage: str, config: FitConfig, events: list[dict[str, Any]]) -> None:
         self.recording = Recording(config.steps, events, getattr(config, "align", ""))
+        self.so_far = FitResult(stage, 0, 0, 0.0)
         self.put(stage=stage, total=config.steps, running=True, seconds=0.0)
         self.draw()
         self.outputs.show_once(self)
@@ -262,10 +264,9 @@ class GateMonitor(TraceView, Callback):
         self.recording.add(event)
         self.ration.run(self.draw)
 
+    def spent(self, so_far: FitResult) -> None: self.so_far = so_far
     def end(self, result: FitResult) -> None: self._finish(result.seconds)
-
     def stop(self, reason: str) -> None: self._finish(0.0)
-
     def _finish(self, seconds: float) -> None:
         self.draw(full=True)
         self.put(running=False, seconds=seconds)
@@ -275,7 +276,8 @@ class GateMonitor(TraceView, Callback):
         state = picture(self.recording, full)
         L = state["num_layers"]
         if L not in (0, self.num_layers): state["budget"] = _budget(self.wanted, L)
-        self.put(**state, frame=self.frame + 1)
+        taken = {key: getattr(self.so_far, key) for key in ("tokens", "tokens_s", "peak_memory")}
+        self.put(**state, taken=taken, frame=self.frame + 1)
 
     def _ipython_display_(self) -> None: self.outputs.show(self)
 

@@ -15,14 +15,14 @@ import torch
 from ..choose.trajectory import GateRun
 from ..model.hybrid import HybridConfig
 from ..results import (
-    Cost, Results, duration, label, percent, read_results, stage_label)
+    Cost, Results, label, percent, read_results)
 from ..selection import Selection
-from .table import COLUMNS, result_rows
+from .table import COLUMNS, SPENT, result_rows, spent_rows
 from ..store import EventLog, read_json, write_aside
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Cells', 'Section', 'RunFiles', 'selections_of', 'drawn', 'summary_section', 'results_section',
-           'layers_section', 'costs_section', 'gates_section', 'losses_section', 'time_section', 'recipe_section',
+           'layers_section', 'costs_section', 'gates_section', 'losses_section', 'spent_section', 'recipe_section',
            'plotly_script', 'page', 'reason', 'write_report']
 
 # %% ../../nbs/79_show.report.ipynb #c7379cc3
@@ -168,13 +168,12 @@ def losses_section(run: RunFiles) -> Section:
     return Section("Losses", figure=drawn(loss_figure(EventLog(run.path("log.jsonl")))))
 
 # %% ../../nbs/79_show.report.ipynb #0eb3caab
-def time_section(run: RunFiles) -> Section:
-    "How long each stage took, and all of them."
-    seconds = run.results.seconds
-    if not seconds: raise ValueError("results.json has no times")
-    rows = [(stage_label(stage), duration(s)) for stage, s in seconds.items()]
-    rows.append(("all", duration(run.results.total_seconds)))
-    return Section("Time", table=Cells(("stage", "time"), rows, ours="all"))
+def spent_section(run: RunFiles) -> Section:
+    "What each stage took, and all of them."
+    if not run.results.seconds: raise ValueError("results.json has no times")
+    note = "Peak memory is that of the tensors on a GPU, and of the whole process on a CPU."
+    rows = spent_rows(run.results)
+    return Section("What it took", table=Cells(SPENT, rows, ours="all"), note=note)
 
 # %% ../../nbs/79_show.report.ipynb #439f8c90
 def recipe_section(run: RunFiles) -> Section:
@@ -220,7 +219,7 @@ SECTIONS: dict[str, Callable[[RunFiles], Section]] = {
     "Costs": costs_section,
     "Gates": gates_section,
     "Losses": losses_section,
-    "Time": time_section,
+    "What it took": spent_section,
     "Recipe": recipe_section,
 }
 

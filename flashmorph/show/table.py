@@ -11,11 +11,12 @@ from rich.console import Console, ConsoleOptions
 from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
-from ..results import (
-    ModelResult, Results, amount, duration, label, nats, percent, read_results)
+from flashmorph.results import (
+    NONE, ModelResult, Results, amount, duration, label, nats, percent, read_results,
+    stage_label)
 
 # %% auto #0
-__all__ = ['COLUMNS', 'result_rows', 'fitting', 'ResultsTable', 'results_table']
+__all__ = ['COLUMNS', 'SPENT', 'result_rows', 'fitting', 'ResultsTable', 'results_table', 'spent_rows', 'spent_table']
 
 # %% ../../nbs/78_show.table.ipynb #a72ed7cc
 COLUMNS = ("model", "stage", "full layers", "recall", "exact", "answer NLL", "LM NLL", "params",
@@ -117,3 +118,35 @@ def results_table(results: Results | dict[str, Any]) -> ResultsTable:
     NLLs are nats per token; the cache is that of one sequence of the context length. Raises
     `ValueError` if `results` has another shape."""
     return ResultsTable(read_results(results))
+
+# %% ../../nbs/78_show.table.ipynb #9a0e11e4
+SPENT = ("stage", "tokens", "tokens/s", "time", "peak memory")
+
+def spent_rows(results: Results) -> list[tuple[str, ...]]:
+    "What each stage took, as `SPENT`, and what all took."
+    rows = []
+    for stage in dict.fromkeys([*results.seconds, *results.spent]):
+        taken = results.spent.get(stage, {})
+        seconds = results.seconds.get(stage, taken.get("seconds"))
+        counts = [amount(taken.get(key), "count") for key in ("tokens", "tokens_s")]
+        memory = amount(taken.get("peak_memory") or None, "bytes")
+        rows.append((stage_label(stage), *counts, duration(seconds), memory))
+    # the stages come one after another, so memory does not add up
+    tokens = [taken.get("tokens", 0) for taken in results.spent.values()]
+    most = max((taken.get("peak_memory", 0) for taken in results.spent.values()), default=0)
+    total, memory = amount(sum(tokens) or None, "count"), amount(most or None, "bytes")
+    rows.append(("all", total, NONE, duration(results.total_seconds), memory))
+    return rows
+
+# %% ../../nbs/78_show.table.ipynb #b3dd5ed0
+def spent_table(results: Results | dict[str, Any]) -> Table:
+    """What each stage took, as a table for the terminal.
+
+    Peak memory is that of the tensors on a GPU, and of the whole process on a CPU. Raises
+    `ValueError` if `results` has another shape."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    for i, name in enumerate(SPENT):
+        justify: Any = "right" if i else "left"
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in spent_rows(read_results(results)): table.add_row(*map(Text, row))
+    return table

@@ -70,6 +70,10 @@ function speedText(model) {
     facts.push(speed);
   }
   if (t.running() && rate) facts.push(`${duration((t.total() - t.done()) / rate)} left`);
+  const taken = model.get("taken") || {};
+  if (taken.tokens_s) facts.push(`${amount(taken.tokens_s, "count")} tokens/s`);
+  if (taken.tokens) facts.push(`${amount(taken.tokens, "count")} tokens so far`);
+  if (taken.peak_memory) facts.push(`${amount(taken.peak_memory, "bytes")} at most`);
   if (!t.running() && seconds) facts.push(`took ${duration(seconds)}`);
   return facts.join(" · ");
 }

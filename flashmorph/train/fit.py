@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..data.batches import Batches
+from ..ops.meter import PeakMemory
+from ..results import amount
 from ..folder import Run, plain_name
 from ..store import Checkpoints, load_strict, sync
 from .objective import Callback, FitConfig, FitResult, Objective
@@ -23,7 +25,8 @@ from flashmorph.train.resume import (
 )
 
 # %% auto #0
-__all__ = ['all_facts', 'State', 'restore', 'fresh', 'on_device', 'micro_batches', 'one_step', 'begin', 'train', 'fit']
+__all__ = ['all_facts', 'State', 'metadata', 'restore', 'fresh', 'on_device', 'micro_batches', 'one_step', 'begin', 'train',
+           'fit']
 
 # %% ../../nbs/44_train.fit.ipynb #f22001ce
 def all_facts(
@@ -54,6 +57,7 @@ class State:
         self.checkpoints = run.checkpoints(stage, config.keep) if run else None
         self.step, self.tokens = 0, 0
         self.seconds = 0.0
+        self.memory, self.peak_memory = PeakMemory(self.acc.device), 0
         self.events: list[dict[str, Any]] = []
         self.trace = Trace()
         self.last: Path | None = None
@@ -62,6 +66,7 @@ class State:
         "Keep the event of a step."
         self.events.append(event)
         self.trace.add(event)
+        self.peak_memory = max(self.peak_memory, self.memory())
         if self.writes and self.run: self.run.log.append(event)
 
     def save(self, optimizer: Any = None) -> None:
@@ -76,14 +81,20 @@ class State:
         sync(self.run.log.path)
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
         if optimizer is not None: tensors |= optimizer_tensors(optimizer, self.parameters)
-        meta = {
-            "edition": 2, "settings": self.facts, "data": self.batches.state_dict(),
-            "tokens": self.tokens, "seconds": self.seconds, "events": self.trace.digest(),
-        }
-        self.last = self.checkpoints.save(self.step, tensors, meta)
+        self.last = self.checkpoints.save(self.step, tensors, metadata(self))
 
     def result(self) -> FitResult:
-        return FitResult(self.stage, self.step, self.tokens, self.seconds, self.events)
+        taken = self.tokens, self.seconds
+        return FitResult(self.stage, self.step, *taken, self.events, self.peak_memory)
+
+# %% ../../nbs/44_train.fit.ipynb #378282fb
+def metadata(state: State) -> dict[str, Any]:
+    "What a checkpoint holds beside its tensors."
+    return {
+        "edition": 2, "settings": state.facts, "data": state.batches.state_dict(),
+        "tokens": state.tokens, "seconds": state.seconds, "events": state.trace.digest(),
+        "peak_memory": state.peak_memory,
+    }
 
 # %% ../../nbs/44_train.fit.ipynb #8c7d3885
 def restore(state: State) -> dict[str, Tensor]:
@@ -105,6 +116,7 @@ def restore(state: State) -> dict[str, Tensor]:
     state.events, state.trace = events, Trace(events)
     state.step, state.tokens = step, meta["tokens"]
     state.seconds, state.last = meta["seconds"], path
+    state.peak_memory = meta.get("peak_memory", 0)
     if step < state.config.steps: state.batches.load_state_dict(meta["data"])
     elif state.writes and state.checkpoints: state.checkpoints.clean(1)
     return tensors
@@ -219,10 +231,14 @@ def train(
             event = one_step(state, module, optimizer)
             state.seconds = time.perf_counter() - began
             state.record(event)
-            for callback in callbacks: callback.step(event)
+            for callback in callbacks:
+                callback.spent(state.result())
+                callback.step(event)
             rate = (state.tokens - first) / max(1e-9, bar.format_dict["elapsed"])
             bar.update()
-            bar.set_postfix(loss=f"{event['loss']:.4g}", tokens_s=f"{rate:,.0f}", refresh=False)
+            shown = {"loss": f"{event['loss']:.4g}", "tokens_s": f"{rate:,.0f}"}
+            shown[state.memory.name] = amount(state.peak_memory, "bytes")
+            bar.set_postfix(shown, refresh=False)
             # a finished stage keeps its weights only
             if state.step == c.steps: state.save()
             elif state.step % c.save_every == 0 or stopped(): state.save(optimizer)

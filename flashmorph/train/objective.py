@@ -123,12 +123,18 @@ def thaw(model: nn.Module) -> None:
 # %% ../../nbs/41_train.objective.ipynb #15ff299b
 @dataclass
 class FitResult:
-    "What a training did, the resumed part included: every event, the time and the tokens."
+    """What a training did, the resumed part included: every event, the time and the tokens.
+
+    `peak_memory`, in bytes, is that of tensors on a GPU, of the process on a CPU (0: unknown)."""
     stage: str
     steps: int
     tokens: int
     seconds: float
     events: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    peak_memory: int = 0
+
+    @property
+    def tokens_s(self) -> float: return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def losses(self) -> list[float]: return [event["loss"] for event in self.events]
@@ -141,6 +147,9 @@ class Callback:
 
     def step(self, event: dict[str, Any]) -> None:
         "After each optimizer step."
+
+    def spent(self, so_far: FitResult) -> None:
+        "Before each `step`: the time, the tokens and the memory that the training has taken."
 
     def end(self, result: FitResult) -> None:
         "After the last step."
