@@ -14,7 +14,7 @@ from ..selection import Ranking, Selection, check_budget
 from ..store import read_json, write_aside
 
 # %% auto #0
-__all__ = ['PATH', 'check_trajectory', 'GateRun', 'described', 'ties', 'tied_budgets', 'late', 'doubts', 'all_doubts',
+__all__ = ['PATH', 'check_trajectory', 'ranked', 'GateRun', 'described', 'ties', 'tied_budgets', 'late', 'doubts', 'all_doubts',
            'save_gates', 'load_gates']
 
 # %% ../../nbs/60_choose.trajectory.ipynb #9d676572
@@ -31,6 +31,12 @@ def check_trajectory(trajectory: Any) -> Tensor:
     bad = gates[~((gates >= 0) & (gates <= 1))]
     if len(bad): raise ValueError(f"{expected}; got {bad[0].item()}")
     return gates
+
+# %% ../../nbs/60_choose.trajectory.ipynb #c0bfb6b7
+def ranked(scores: Tensor, areas: Tensor) -> list[int]:
+    "Layers from the highest score to the lowest; equal scores by area, then by index."
+    keys = zip((-scores).tolist(), (-areas).tolist(), range(len(scores)))
+    return [layer for *_, layer in sorted(keys)]
 
 # %% ../../nbs/60_choose.trajectory.ipynb #3880484b
 @dataclass
@@ -59,8 +65,7 @@ class GateRun:
 
     def order(self) -> list[int]:
         "Layers from most to least worth keeping: by score, then area, then index."
-        scores = zip((-self.gates).tolist(), (-self.area).tolist(), range(self.num_layers))
-        return [layer for *_, layer in sorted(scores)]
+        return ranked(self.gates, self.area)
 
     @property
     def ranking(self) -> Ranking:
@@ -74,7 +79,7 @@ class GateRun:
 
     def doubts(self, budget: int) -> list[str]:
         "Why the set of `budget` layers might be another: sentences, or nothing."
-        return doubts(self, check_budget(budget, self.num_layers))
+        return doubts(self, budget)
 
     def digest(self) -> str:
         "Short hash of the trajectory, to tell runs apart."
@@ -128,7 +133,7 @@ def doubts(gates: GateRun, budget: int) -> list[str]:
 
     An empty list if there is nothing to say."""
     found = []
-    tie = ties(gates, budget)
+    tie = ties(gates, check_budget(budget, gates.num_layers))
     if tie:
         score = gates.gates[tie[0]].item()
         end = " (saturated)" if score in (0.0, 1.0) else ""
