@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from flashmorph.run.cli import app
 from flashmorph.measure.evaluate import evaluate
+from flashmorph.measure.plan import plan
 from flashmorph.run.convert import convert
 from flashmorph.run.recipe import load_recipe, recipe_toml
 from flashmorph.selection import Selection
@@ -55,11 +56,15 @@ def test_every_stage_ran(llama_run):
     assert results["spent"]["gates"]["tokens"] == 4 * 2 * 300
     assert results["spent"]["align"]["tokens"] == 4 * 2 * 64 + 384
     assert "<h2>What it took</h2>" in (folder / "report.html").read_text()
+    planned = plan(recipe, rate=1e12)
+    assert said[0].startswith(str(planned).split(": at least")[0])
+    tokens = {stage.stage: stage.tokens for stage in planned.stages}
+    assert tokens == {stage: taken["tokens"] for stage, taken in results["spent"].items()}
     selection = Selection.load(folder)
     assert list(selection.layers) == results["layers"] and selection.budget == 2 and selection.digest
     assert load_recipe(folder / "recipe.toml") == recipe
     assert (folder / "report.html").stat().st_size > 1000
-    assert said[0].startswith("align") and not list(folder.rglob(".*partial*"))
+    assert said[1].startswith("align") and not list(folder.rglob(".*partial*"))
 
 
 def test_fresh_process(llama_run):

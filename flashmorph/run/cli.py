@@ -18,9 +18,10 @@ from ..selection import Selection
 from ..store import nearest, write_aside
 
 # %% auto #0
-__all__ = ['app', 'Set', 'Resume', 'Overwrite', 'Length', 'Keys', 'WordsPerKey', 'BatchSize', 'bench', 'Count', 'Device', 'Json',
-           'Repeats', 'any_command', 'run_recipe', 'convert', 'demo', 'selected', 'select', 'scores_table', 'evaluate',
-           'pretrain', 'whole_numbers', 'show_measured', 'bench_ops', 'bench_gates']
+__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'Length', 'Keys', 'WordsPerKey', 'BatchSize', 'bench', 'Count',
+           'Device', 'Json', 'Repeats', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo', 'selected',
+           'select', 'scores_table', 'evaluate', 'pretrain', 'whole_numbers', 'show_measured', 'bench_ops',
+           'bench_gates']
 
 # %% ../../nbs/86_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -36,6 +37,8 @@ def any_command() -> None:
 Set = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. align.steps=100.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+OnlyPlan = Annotated[bool, typer.Option(
+    "--plan", help="Only print what each stage takes at least, and train nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 
 # %% ../../nbs/86_run.cli.ipynb #d065bee2
@@ -57,6 +60,13 @@ def run_recipe(
         console.print(spent_table(results))
         for name in ("hybrid", "report.html", "results.json"): show(f"{name:13} {out / name}")
 
+# %% ../../nbs/86_run.cli.ipynb #54b83f82
+def show_plan(recipe: Path, changes: list[str]) -> None:
+    "Print what the stages of a recipe take at least; nothing is trained, written or loaded."
+    from flashmorph.measure.plan import plan
+    from flashmorph.run.recipe import load_recipe
+    with plain_errors(): console.print(plan(load_recipe(recipe, changes)))
+
 # %% ../../nbs/86_run.cli.ipynb #d453a054
 @app.command()
 def convert(
@@ -65,9 +75,11 @@ def convert(
     out: Annotated[Path, typer.Option(
         help="Run folder; never written over unless told to.")] = Path("runs/convert"),
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
+    only_plan: OnlyPlan = False,
 ) -> None:
     "Convert a teacher as a recipe says: align, gates, select, distill, finetune, evaluate."
-    run_recipe(recipe, out, changes or [], resume, overwrite)
+    if only_plan: show_plan(recipe or out / "recipe.toml", changes or [])
+    else: run_recipe(recipe, out, changes or [], resume, overwrite)
 
 # %% ../../nbs/86_run.cli.ipynb #288a24c8
 @app.command()

@@ -16,6 +16,7 @@ from ..folder import Run
 from ..ledger import Ledger, adopt, check_finite, chosen, is_finished, read_scores
 from ..measure.cost import cost
 from ..measure.evaluate import evaluate
+from ..measure.plan import plan
 from ..measure.spend import Spending
 from ..model.hybrid import HybridForCausalLM
 from ..model.morph import MorphableModel, morph
@@ -23,8 +24,7 @@ from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
 from .materials import (
     Materials, check_materials, recipe_facts, short_hash, stage_facts)
-from .recipe import (
-    Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths)
+from .recipe import Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths
 from ..selection import Selection
 from ..show.report import write_report
 from ..store import read_json, write_aside
@@ -101,12 +101,11 @@ def scores_of(work: Conversion, name: str) -> dict[str, Any]:
 # %% ../../nbs/82_run.convert.ipynb #7bcee48f
 def model_results(work: Conversion, name: str, layers: Iterable[int]) -> dict[str, Any]:
     "The scores of one model so far, and what the model costs."
-    teacher = work.materials.teacher
-    recipe = work.recipe
+    teacher, recipe = work.materials.teacher, work.recipe
     count = cost(teacher.config, list(layers), context=recipe.passkeys.length, mixer=recipe.mixer,
                  dtype=teacher.dtype)
-    costs = {"parameters": count.parameters, "cache_bytes": count.cache_bytes}
-    return {**scores_of(work, name), **costs}
+    sizes = {"parameters": count.parameters, "cache_bytes": count.cache_bytes}
+    return scores_of(work, name) | sizes
 
 # %% ../../nbs/82_run.convert.ipynb #a4f155cd
 def choice_results(work: Conversion) -> dict[str, Any]:
@@ -240,6 +239,7 @@ def start(
     check_place(run.folder, overwrite, keep)
     materials = Materials(recipe)
     check_materials(materials)
+    say(str(plan(recipe, materials.teacher.config)))
     # nothing was touched until here
     if not is_free(run.folder): move_aside(run.folder, keep)
     with run.lock():

@@ -254,7 +254,6 @@ class GateMonitor(TraceView, Callback):
 
     def start(self, stage: str, config: FitConfig, events: list[dict[str, Any]]) -> None:
         self.recording = Recording(config.steps, events, getattr(config, "align", ""))
-        self.so_far = FitResult(stage, 0, 0, 0.0)
         self.put(stage=stage, total=config.steps, running=True, seconds=0.0)
         self.draw()
         self.outputs.show_once(self)

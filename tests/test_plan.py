@@ -1,0 +1,120 @@
+"What a conversion takes at least, counted before it runs."
+import pytest
+import torch
+from small import save_teacher, small_recipe
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from flashmorph.choose.gates import AnswerObjective, PriceObjective
+from flashmorph.measure import plan as planning
+from flashmorph.measure.cost import CostModel, visible_pairs
+from flashmorph.measure.plan import plan
+from flashmorph.measure.spend import Passes
+from flashmorph.model import logits
+from flashmorph.model.morph import morph
+from flashmorph.model.teacher import load_teacher
+from flashmorph.run import cli
+from flashmorph.run.recipe import save_recipe
+from flashmorph.train.align import AlignObjective
+from flashmorph.train.distill import DistillObjective, NextTokenObjective
+from flashmorph.train.least_squares import least_squares
+
+T = 96
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def teacher(request, tmp_path_factory):
+    folder = save_teacher(tmp_path_factory.mktemp("teacher") / "t", request.param)
+    return load_teacher(folder, attn_implementation="eager")[0]
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(5, 60, (2, T))
+    answers = torch.zeros_like(ids)
+    answers[:, 20:30] = 1
+    return {"input_ids": ids, "answers": answers}
+
+
+def taken(objective, batch) -> int:
+    with FlopCounterMode(display=False) as counter: objective(batch)[0].backward()
+    return counter.get_total_flops()
+
+
+def hidden_pairs(model) -> int:
+    "FLOPs that eager attention spends on pairs that the mask hides, in a layer and a row."
+    dims = model.dims[0]
+    pair = 2 * dims.num_heads * (dims.head_dim + dims.value_dim)
+    return pair * (T**2 - visible_pairs(T, None))
+
+
+@pytest.mark.parametrize("mixer", ["lightning", "lightning(expand_kv=True)", "gdn"])
+def test_each_stage_takes_what_is_counted(teacher, batch, mixer, monkeypatch):
+    "Two rows of every stage, against PyTorch's own count of a step."
+    counted = CostModel(teacher.config, mixer)
+    passes, unseen = Passes(counted, T), hidden_pairs(counted)
+    model = morph(teacher, mixer)
+    L = model.num_layers
+    assert taken(AlignObjective(model), batch) == 2 * (passes.align() + L * unseen)
+    # teacher and mix, and twice behind the first layer
+    expected = 2 * (passes.gates() + (2 * L + 2 * (L - 1)) * unseen)
+    assert taken(PriceObjective(model, align="raw"), batch) == expected
+    # the answers: through the last MLP too, and logits of ten tokens forward, forward and back
+    more = 2 * (passes.rest // L + 3 * 10 * passes.head)
+    assert taken(AnswerObjective(model), batch) == expected + more
+    hybrid = model.commit([0, 2])
+    for again in (False, True):
+        if again: monkeypatch.setattr(logits, "LOGITS", 10 * teacher.config.vocab_size)
+        found = taken(DistillObjective(hybrid, teacher), batch)
+        assert found == 2 * (passes.distill([0, 2], again) + (L + 6) * unseen)
+        found = taken(NextTokenObjective(hybrid), batch)
+        assert found == 2 * (passes.finetune([0, 2], again) + 6 * unseen)
+
+
+def test_the_start_takes_what_is_counted(teacher, batch):
+    "Solving is left out of the plan, and PyTorch counts its products only."
+    model = morph(teacher, "lightning")
+    counted = CostModel(teacher.config, "lightning")
+    passes = Passes(counted, T)
+    rows = {"input_ids": batch["input_ids"]}
+    with FlopCounterMode(display=False) as counter:
+        least_squares(model, iter([rows, rows]), 4 * T)
+    products = 4 * (passes.start() + model.num_layers * hidden_pairs(counted))
+    assert products <= counter.get_total_flops() < 1.5 * products
+
+
+def test_a_plan_spends_nothing(tmp_path, monkeypatch):
+    "No weights are read, no text, and no folder is made."
+    teacher = save_teacher(tmp_path / "teacher")
+    for file in teacher.glob("*.safetensors"): file.unlink()
+    save_recipe(small_recipe(teacher, compare=("uniform",)), tmp_path / "recipe.toml")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "matrix_rate", lambda dtype: 1e9)
+    asked = ["convert", "recipe.toml", "--plan", "--set", "align.steps=1000"]
+    done = CliRunner().invoke(cli.app, asked, prog_name="flashmorph")
+    assert done.exit_code == 0, done.output
+    for words in ("align", "gates", "distill uniform", "finetune", "128K", "at least"):
+        assert words in done.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_plan_without_a_teacher(tmp_path):
+    save_recipe(small_recipe(tmp_path / "none"), tmp_path / "recipe.toml")
+    asked = ["convert", str(tmp_path / "recipe.toml"), "--plan"]
+    done = CliRunner().invoke(cli.app, asked, prog_name="flashmorph")
+    assert done.exit_code == 2 and "Traceback" not in done.output
+
+
+def test_a_plan_follows_its_recipe(tmp_path):
+    "Twice the steps take twice the products; hybrids with more full layers never less."
+    recipe = small_recipe(save_teacher(tmp_path / "teacher"), compare=("all_linear", "uniform"))
+    stages = {stage.stage: stage for stage in plan(recipe, rate=1e9).stages}
+    twice = small_recipe(recipe.teacher, gates={"steps": 8, "batch_size": 2})
+    double = {stage.stage: stage for stage in plan(twice, rate=1e9).stages}["gates"]
+    assert double.flops == 2 * stages["gates"].flops and double.tokens == 2 * 4 * 2 * 128
+    assert double.seconds == double.flops / 1e9
+    ours = stages["distill-flashmorph"]
+    assert ours.flops == stages["distill-uniform"].flops
+    assert ours.memory < stages["distill-all_linear"].memory
+    with pytest.raises(ValueError, match="budget"): plan(small_recipe(recipe.teacher, budget=99))
