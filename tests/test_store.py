@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small import save_teacher
 from torch import nn
 
 from flashmorph.choose.gates import train_gates
@@ -316,6 +317,24 @@ def test_integers_of_numpy_and_torch():
     ranking = Ranking("mine", np.argsort(-scores), scores)
     assert ranking.select(np.int32(2), full=[np.argmin(scores)]).layers == (0, 1)
     assert json.dumps(ranking.order) == "[1, 3, 2, 0]"
+
+
+def test_gates_go_on_bit_for_bit(tmp_path):
+    "What the optimizer of gates keeps survives a checkpoint to the last bit, wherever it is cut."
+    teacher, tokenizer = load_teacher(save_teacher(tmp_path / "teacher"))
+    books = {"length": 96, "keys": 2, "words_per_key": 2}
+    options = {"steps": 40, "batch_size": 2, "save_every": 1, "progress": False, "resume": True}
+
+    def gates(run, **more):
+        model = morph(teacher)
+        return train_gates(model, passkeys(tokenizer, **books), run=run, **options, **more)
+
+    whole = gates(tmp_path / "whole").trajectory
+    for step in (13, 20, 26, 34):
+        run = tmp_path / f"cut-{step}"
+        interrupt = At(step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt): gates(run, callbacks=[interrupt])
+        assert torch.equal(gates(run).trajectory, whole), step
 
 
 def test_a_longer_gate_training_is_not_written_over(tmp_path):

@@ -55,9 +55,10 @@ def move_gates(group: dict[str, Any], state: dict[Any, Any]) -> None:
     for gate in gates:
         known = state[gate]
         known["step"] = known.get("step", torch.zeros(())) + 1
-        before = known.get("momentum", torch.zeros((), dtype=torch.float64))
-        known["momentum"] = kept * before.cpu() + (1 - kept) * gate.grad.double().cpu()
-    slopes = torch.stack([state[gate]["momentum"] for gate in gates])
+        before = known.get("momentum", torch.zeros_like(gate))
+        # in the format of the gate, as optimizers restore what they keep
+        known["momentum"] = kept * before + (1 - kept) * gate.grad
+    slopes = torch.stack([state[gate]["momentum"].double().cpu() for gate in gates])
     step = group["lr"] * slopes / slopes.pow(2).mean().sqrt().clamp_min(1e-30)
     # the sum that is next, and the nearest gates that have it
     done = float(state[gates[0]]["step"])
