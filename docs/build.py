@@ -202,9 +202,23 @@ def api_page(book: list[Notebook]) -> str:
                      for name, inside in shelves.items()})
 
 
+SIGNATURE = re.compile(r'<dt class="sig.*?</dt>', re.DOTALL)
+UNCOLOURED = re.compile(r'<span class="(?:pre|n|p|w)">([^<]*)</span>')
+
+
+def bare(signature: str) -> str:
+    "A signature without the spans that have no colour of their own, from the innermost outwards."
+    inside = ""
+    while inside != signature:
+        inside = signature
+        signature = UNCOLOURED.sub(r"\1", signature)
+    return signature
+
+
 def light(page: str) -> str:
-    "The page without what nobody sees: icons that no link names, and the theme's indentation."
+    "The page without what nobody sees: unused icons, spans without a colour, indentation."
     page = SYMBOL.sub(lambda icon: icon[0] if f"#{icon[1]}" in page else "", page)
+    page = SIGNATURE.sub(lambda found: bare(found[0]), page)
     pieces = VERBATIM.split(page)
     pieces[::2] = [re.sub(r"\s*\n\s*", "\n", piece) for piece in pieces[::2]]
     return "".join(pieces)
