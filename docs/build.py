@@ -203,7 +203,7 @@ def api_page(book: list[Notebook]) -> str:
 
 
 SIGNATURE = re.compile(r'<dt class="sig.*?</dt>', re.DOTALL)
-UNCOLOURED = re.compile(r'<span class="(?:pre|n|p|w)">([^<]*)</span>')
+UNCOLOURED = re.compile(r'<span class="(?:pre|p|w)">([^<]*)</span>')
 
 
 def bare(signature: str) -> str:
