@@ -222,6 +222,11 @@ def _budget(wanted: int | None, num_layers: int) -> int:
     "The budget that was asked for, if the model can have it; else a quarter of the layers."
     return max(1, num_layers // 4) if wanted is None else check_budget(wanted, num_layers)
 
+
+def _taken(so_far: FitResult) -> dict[str, Any]:
+    "What a training has taken so far, for the line of numbers."
+    return {key: getattr(so_far, key) for key in ("tokens", "tokens_s", "peak_memory")}
+
 # %% ../../nbs/74_show.monitor.ipynb #f15b8562
 def recorded(run: GateRun | str | Path) -> Recording:
     "The recording of a finished gate training, with the gates before the first step."
@@ -254,6 +259,7 @@ class GateMonitor(TraceView, Callback):
 
     def start(self, stage: str, config: FitConfig, events: list[dict[str, Any]]) -> None:
         self.recording = Recording(config.steps, events, getattr(config, "align", ""))
+        self.so_far = FitResult(stage, 0, 0, 0.0)
         self.put(stage=stage, total=config.steps, running=True, seconds=0.0)
         self.draw()
         self.outputs.show_once(self)
@@ -275,8 +281,7 @@ class GateMonitor(TraceView, Callback):
         state = picture(self.recording, full)
         L = state["num_layers"]
         if L not in (0, self.num_layers): state["budget"] = _budget(self.wanted, L)
-        taken = {key: getattr(self.so_far, key) for key in ("tokens", "tokens_s", "peak_memory")}
-        self.put(**state, taken=taken, frame=self.frame + 1)
+        self.put(**state, taken=_taken(self.so_far), frame=self.frame + 1)
 
     def _ipython_display_(self) -> None: self.outputs.show(self)
 
