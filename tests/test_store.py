@@ -430,11 +430,11 @@ class Costs(Callback):
     def spent(self, so_far): self.heard.append((so_far.steps, so_far.peak_memory))
 
 
-def test_peak_memory_is_the_highest_of_all_sessions(tmp_path):
+def test_peak_memory_is_the_highest_of_all_parts(tmp_path):
     "A block of 400 MB counts while it is there, and in the resumed training too."
     class Large(Slope):
         def forward(self, batch):
-            block = torch.ones(100 * 2**20)
+            block = torch.ones(100 * 2**20, device=batch["x"].device)
             return super().forward(batch)[0] + 0 * block[0], {}
 
     small = slope().peak_memory

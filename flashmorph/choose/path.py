@@ -22,9 +22,10 @@ def capped_simplex(values: Tensor, total: float) -> Tensor:
     # the prices where an entry reaches 1 or 0, and the sum at each, growing from 0 to L
     bends = torch.cat([values, values - 1]).sort(descending=True).values
     sums = (values - bends[:, None]).clamp(0, 1).sum(1)
-    i = int((sums < total).sum())
+    i = min(int((sums < total).sum()), len(bends) - 1)
     # the price lies on the straight piece between two bends
-    share = (total - sums[i - 1]) / (sums[i] - sums[i - 1])
+    width = sums[i] - sums[i - 1]
+    share = (total - sums[i - 1]) / width if width > 0 else 0.0
     price = bends[i - 1] + share * (bends[i] - bends[i - 1])
     return (values - price).clamp(0, 1)
 
@@ -40,8 +41,12 @@ class BudgetDescent(torch.optim.Optimizer):
         super().__init__(gates, {"lr": lr, "steps": steps, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
         for group in self.param_groups: move_gates(group, self.state)
+        return loss
 
 
 def first_gate(steps: int) -> float:
@@ -57,7 +62,8 @@ def move_gates(group: dict[str, Any], state: dict[Any, Any]) -> None:
         known["step"] = known.get("step", torch.zeros(())) + 1
         before = known.get("momentum", torch.zeros_like(gate))
         # in the format of the gate, as optimizers restore what they keep
-        known["momentum"] = kept * before + (1 - kept) * gate.grad
+        slope = torch.zeros_like(gate) if gate.grad is None else gate.grad
+        known["momentum"] = kept * before + (1 - kept) * slope
     slopes = torch.stack([state[gate]["momentum"].double().cpu() for gate in gates])
     step = group["lr"] * slopes / slopes.pow(2).mean().sqrt().clamp_min(1e-30)
     # the sum that is next, and the nearest gates that have it

@@ -133,16 +133,18 @@ def doubts(gates: GateRun, budget: int) -> list[str]:
 
     An empty list if there is nothing to say."""
     found = []
+    on_path = gates.settings.get("align") == PATH
     tie = ties(gates, check_budget(budget, gates.num_layers))
     if tie:
         score = gates.gates[tie[0]].item()
         end = " (saturated)" if score in (0.0, 1.0) else ""
+        rule = "by their numbers" if on_path else "by their areas, then by their numbers"
         found.append(f"layers {tie} tie at {score:.3g}{end}: which of them are among the "
-                     f"{budget} was decided by their areas, then by their numbers")
+                     f"{budget} was decided {rule}")
     joined = late(gates, budget)
     if joined:
         found.append(f"layers {joined} joined the {budget} in the last tenth of the training: "
-                     "the gates still move, so train more steps")
+                     "more steps may choose otherwise")
     return found
 
 

@@ -61,7 +61,7 @@ class StagePlan:
     @property
     def seconds(self) -> float: return self.flops / self.rate
     def row(self) -> list[str]:
-        speed = amount(self.tokens / self.seconds, "count")
+        speed = amount(self.tokens / self.seconds, "count") if self.flops else ""
         counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
         return [stage_label(self.stage), *counts, speed, duration(self.seconds),
                 amount(self.memory, "bytes")]
@@ -83,7 +83,7 @@ class Plan(JupyterMixin):
     def __rich__(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=str(self),
                       caption_justify="left")
-        names = ("stage", "tokens", "products", "tokens/s\nat most", "time\nat least",
+        names = ("stage", "tokens", "FLOPs", "tokens/s\nat most", "time\nat least",
                  "memory\nat least")
         for i, name in enumerate(names):
             justify: Any = "right" if i else "left"
@@ -110,7 +110,7 @@ class Planner:
         rows = config.steps * config.batch_size * config.accumulate
         format = stage_dtype(config, self.dtype, name in ("align", "gates"))
         if self.rate is None and format not in self.rates: self.rates[format] = matrix_rate(format)
-        rate = self.rate or self.rates[format]
+        rate = self.rates[format] if self.rate is None else self.rate
         return StagePlan(name, rows * row, rows * flops, memory, rate)
 
 # %% ../../nbs/54_measure.plan.ipynb #80bdd184
@@ -167,8 +167,12 @@ def plan(
     """What each stage of a recipe takes at least: tokens, FLOPs, time and memory.
 
     Nothing is trained, written or loaded but the configuration of the teacher. The time is that of
-    the matrix products at the rate of one large product. Raises `ValueError` if there is no such
-    teacher, for a family that cannot be converted, and for a budget above its layers."""
+    the matrix products at the rate of one large product. Raises `TypeError`
+    for anything but a recipe; `ValueError` if there is no such teacher, for a family that cannot be
+    converted, for a budget above its layers, and for a rate that is not above 0."""
+    if not hasattr(recipe, "align"):
+        raise TypeError(f"expected a recipe (see load_recipe), got {type(recipe).__name__}")
+    if rate is not None and not rate > 0: raise ValueError(f"rate: expected > 0, got {rate!r}")
     planner = Planner(recipe, config or teacher_config(recipe.teacher), rate)
     stages = plan_search(planner)
     budgets = {"flashmorph": planner.budget, "uniform": planner.budget, "all_linear": 0}

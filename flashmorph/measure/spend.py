@@ -59,7 +59,7 @@ def mixer_flops(
 class Layer:
     "FLOPs of one layer's attention for one row; parameters of its linear branch."
     projections: int
-    output: int         # of the projections, the last
+    output: int         # of the output projection alone
     grown: int          # the linear branch's projections beyond those
     pairs: int          # of full attention, seen by the mask
     mixer: int          # forward
@@ -97,7 +97,7 @@ def layers_of(model: CostModel, tokens: int) -> list[Layer]:
         pair = 2 * dims.num_heads * (dims.head_dim + dims.value_dim)
         inputs = dims.num_heads * dims.value_dim
         found.append(Layer(
-            projections=2 * tokens * sum(matrices), output=2 * tokens * matrices[-1],
+            projections=2 * tokens * sum(matrices), output=2 * tokens * inputs * dims.hidden_size,
             grown=2 * tokens * mixer.grown_matrices, pairs=pair * visible_pairs(tokens, window),
             moments=2 * tokens * inputs * (inputs + dims.hidden_size),
             branch_parameters=projection_sizes(attn)[0] + mixer.parameters,

@@ -21,7 +21,7 @@ from ..store import nearest, write_aside
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'Length', 'Keys', 'WordsPerKey', 'BatchSize', 'bench', 'Count',
            'Device', 'Json', 'Repeats', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo', 'selected',
            'select', 'scores_table', 'evaluate', 'pretrain', 'whole_numbers', 'show_measured', 'bench_ops',
-           'bench_gates']
+           'bench_gates', 'bench_align']
 
 # %% ../../nbs/86_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -238,3 +238,22 @@ def bench_gates(
             teacher, mixer, length=length, keys=keys, words_per_key=words_per_key,
             batch_size=batch_size, steps=steps, repeats=repeats, device=device, say=show_progress)
         show_measured(result, gates_lines(result), file)
+
+# %% ../../nbs/86_run.cli.ipynb #c6720dca
+@bench.command("align")
+def bench_align(
+    teacher: Annotated[str, typer.Option(help="'bundled', a folder, or a hub name.")] = "bundled",
+    mixers: Annotated[str, typer.Option(help="Which, with commas between.")] = "lightning,gla,gdn",
+    source: Annotated[str, typer.Option(help="Text: as in a recipe's [text].")] = "stories",
+    changes: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting of the training, e.g. steps=50.")] = None,
+    file: Json = None,
+) -> None:
+    "The error of linear branches over the tokens of stage 1, from either start."
+    from flashmorph.measure.learning import bench_align as run_bench, learning_lines
+    from flashmorph.run.recipe import changed
+    with plain_errors():
+        settings: dict[str, Any] = {}
+        for change in changes or []: changed(settings, change)
+        result = run_bench(teacher, mixers.split(","), source, say=show_progress, **settings)
+        show_measured(result, learning_lines(result), file)

@@ -156,10 +156,10 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     gates = work.train("gates", train_gates, model, materials.books(work.recipe.seed))
     # what the gates choose, unless somebody has chosen otherwise
     ours = gates.select(materials.budget)
-    for doubt in gates.doubts(materials.budget): work.say(f"doubt: {doubt}")
     selection = chosen(ours, work.ledger)
-    if selection is not ours:
-        work.say(f"keep the layers of selection.json: {list(selection.layers)}")
+    doubts = [f"doubt: {doubt}" for doubt in gates.doubts(materials.budget)]
+    theirs = [f"keep the layers of selection.json: {list(selection.layers)}"]
+    for line in doubts if selection is ours else theirs: work.say(line)
     model.gates = 1.0
     return model, selection
 

@@ -17,8 +17,8 @@ from .look import FULL, LINEAR, Figure, layer_step, styled
 from .widget import Widget, allowed
 
 # %% auto #0
-__all__ = ['CHOICE', 'Choice', 'state_of', 'choice_of', 'History', 'Chooser', 'ranking_of', 'doubts_of', 'summary', 'scores_of',
-           'budget_figure']
+__all__ = ['CHOICE', 'Choice', 'state_of', 'choice_of', 'History', 'Chooser', 'ranking_of', 'doubts_of', 'doubt_of', 'summary',
+           'scores_of', 'budget_figure']
 
 # %% ../../nbs/75_show.chooser.ipynb #cbbea148
 @dataclass(frozen=True)
@@ -169,6 +169,12 @@ def doubts_of(run: Any) -> list[str]:
     "What makes the sets of a gate run, or of its folder, doubtful, for each budget; else nothing."
     if isinstance(run, (str, Path)): run = GateRun.load(run)
     return all_doubts(run) if isinstance(run, GateRun) else []
+
+
+def doubt_of(doubts: Sequence[str], choice: Choice) -> str:
+    "What makes a choice doubtful; pins decide other sets, of which `doubts` say nothing."
+    pinned = choice.full or choice.linear
+    return doubts[choice.budget] if doubts and not pinned else ""
 
 # %% ../../nbs/75_show.chooser.ipynb #b1eb1dce
 def summary(

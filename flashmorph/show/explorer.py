@@ -20,9 +20,9 @@ from ..model.hybrid import HybridConfig
 from ..model.morph import MorphableModel, share
 from ..results import METRICS, Cost
 from ..selection import Ranking, Selection
-from flashmorph.show.chooser import (
-    Choice, Chooser, History, budget_figure, doubts_of, ranking_of, scores_of, state_of,
-    summary)
+from .chooser import (
+    Choice, Chooser, History, budget_figure, doubt_of, doubts_of, ranking_of,
+    scores_of, state_of, summary)
 from .look import Figure
 from .widget import Refused, cost_table, layers_of, mask_of, method_sets, script
 
@@ -252,7 +252,7 @@ class BudgetExplorer(Counted, Measured, Committed):
                   "explorer_recall.js", "explorer.js")
     buttons = ("commit", "measure", "stop")
     scores = T.List(T.Float()).tag(sync=True)
-    score_name = T.Unicode("gate").tag(sync=True)
+    score_name = T.Unicode("score").tag(sync=True)
     doubts = T.List(T.Unicode()).tag(sync=True)     # for each budget, if there are any
 
     def __init__(self, run: GateRun | Ranking | str | Path, model: Any = None, config: Any = None,
@@ -286,5 +286,5 @@ class BudgetExplorer(Counted, Measured, Committed):
 
     def figure(self) -> Figure: return budget_figure(self.ranking, self.heard().now)
     def __str__(self) -> str:
-        doubt = self.doubts[self.heard().now.budget] if self.doubts else ""
+        doubt = doubt_of(self.doubts, self.heard().now)
         return summary(self.selection, self.cost, self.recall, doubt)

@@ -8,6 +8,7 @@ import base64
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 import plotly.graph_objects as go
@@ -51,8 +52,10 @@ class Recording:
         return self._rows[:len(self.steps)] if self.what else None
 
     def gates(self, count: int | None = None) -> GateRun:
-        "The gates up to now, or the first `count` rows of them."
-        return GateRun(self._rows[:len(self.steps)][:count], settings={"align": self.align})
+        "The gates up to now, or the first `count` rows; before step 1 all gates were equal."
+        rows = self._rows[:len(self.steps)][:count]
+        if self.steps[0] > 0: rows = torch.cat([torch.ones_like(rows[:1]), rows])
+        return GateRun(rows, settings={"align": self.align})
 
     @property
     def rate(self) -> float:
@@ -243,10 +246,9 @@ def recorded(run: GateRun | str | Path) -> Recording:
 class GateMonitor(TraceView, Callback):
     """Watches a training: `train_gates(model, books, callbacks=[GateMonitor()])`.
 
-    Also for `align`, with the loss of each layer, and for `distill`. The monitor appears below the
-    cell that trains (unless `show=False`) and draws at most every `interval` seconds, and at most
-    2% of the time. `budget`: the size of the set to show (default: a quarter of the layers).
-    Raises `ValueError` for a budget that the model cannot have, at the latest in the first step."""
+    Also for `align` and `distill`. Appears below the cell that trains (unless `show=False`), draws
+    every `interval` seconds at most, and 2% of the time at most. `budget`: how many layers the set
+    has (default: a quarter). Raises `ValueError` for one that the model cannot have, in step 1."""
     def __init__(self, budget: int | None = None, interval: float = 0.1, show: bool = True):
         super().__init__(budget=0 if budget is None else budget)
         self.wanted = budget
@@ -270,11 +272,12 @@ class GateMonitor(TraceView, Callback):
         self.ration.run(self.draw)
 
     def spent(self, so_far: FitResult) -> None: self.so_far = so_far
-    def end(self, result: FitResult) -> None: self._finish(result.seconds)
-    def stop(self, reason: str) -> None: self._finish(0.0)
-    def _finish(self, seconds: float) -> None:
+    def end(self, result: FitResult) -> None: self._finish(result)
+    def stop(self, reason: str) -> None: self._finish(replace(self.so_far, seconds=0.0))
+    def _finish(self, so_far: FitResult) -> None:
+        self.so_far = so_far
         self.draw(full=True)
-        self.put(running=False, seconds=seconds)
+        self.put(running=False, seconds=so_far.seconds)
         self.outputs.update(self)
 
     def draw(self, full: bool = False) -> None:

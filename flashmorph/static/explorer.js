@@ -17,9 +17,11 @@ function explorerNote({ model, L, place, scores, scoreName, choice, picked }, la
   }
   const done = model.get("committed");
   if (complaint || model.get("error")) return complaint || model.get("error");
-  const doubt = model.get("doubts")[choice().budget];
-  if (!done.layers && doubt) return `Doubtful: ${doubt}.`;
-  if (!done.layers) return "Click a layer to pin it: once full, twice linear, three times free.";
+  const hint = "Click a layer to pin it: once full, twice linear, three times free.";
+  const { budget, pinned_full, pinned_linear } = choice();
+  const free = !pinned_full.length && !pinned_linear.length;
+  const doubt = free ? model.get("doubts")[budget] : "";
+  if (!done.layers) return doubt ? `Doubtful: ${doubt}. ${hint}` : hint;
   const same = String(done.layers) === String(picked());
   return [
     same ? "Committed" : "Changed since the commit of",

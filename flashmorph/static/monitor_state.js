@@ -73,7 +73,7 @@ function speedText(model) {
   const taken = model.get("taken") || {};
   if (taken.tokens_s) facts.push(`${amount(taken.tokens_s, "count")} tokens/s`);
   if (taken.tokens) facts.push(`${amount(taken.tokens, "count")} tokens so far`);
-  if (taken.peak_memory) facts.push(`${amount(taken.peak_memory, "bytes")} at most`);
+  if (taken.peak_memory) facts.push(`peak ${amount(taken.peak_memory, "bytes")}`);
   if (!t.running() && seconds) facts.push(`took ${duration(seconds)}`);
   return facts.join(" · ");
 }

@@ -207,7 +207,9 @@ def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
     state.seconds = time.perf_counter() - began
     event = {"stage": state.stage, "step": 0, **found}
     state.record(event)
-    for callback in callbacks: callback.step(event)
+    for callback in callbacks:
+        callback.spent(state.result())
+        callback.step(event)
     state.save()
 
 # %% ../../nbs/44_train.fit.ipynb #6b120f52
