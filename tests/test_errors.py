@@ -58,7 +58,9 @@ def test_set(tmp_path, change, message):
 
 def test_set_and_round_trip(tmp_path):
     (tmp_path / "r.toml").write_text('budget = 1\n[align]\nsteps = 3\n')
-    recipe = load_recipe(tmp_path / "r.toml", ["align.steps=7", "teacher=some/model", "compare=['uniform']", "gates.lam=0.5", "mixer=lightning"])
+    changes = ["align.steps=7", "teacher=some/model", "compare=['uniform']", "gates.align=raw",
+               "gates.lam=0.5", "mixer=lightning"]
+    recipe = load_recipe(tmp_path / "r.toml", changes)
     assert (recipe.align.steps, recipe.teacher) == (7, "some/model")
     assert (recipe.compare, recipe.gates.lam) == (("uniform",), .5)
     (tmp_path / "s.toml").write_text(recipe_toml(recipe))
