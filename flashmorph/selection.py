@@ -13,8 +13,8 @@ from torch import Tensor
 from .store import read_json, write_aside
 
 # %% auto #0
-__all__ = ['whole', 'members', 'check_layers', 'check_budget', 'check_room', 'check_pins', 'as_score', 'check_scores',
-           'check_origin', 'Selection', 'selection_from', 'check_order', 'top_k', 'Ranking']
+__all__ = ['whole', 'members', 'check_layers', 'check_budget', 'budget_or_quarter', 'check_room', 'check_pins', 'as_score',
+           'check_scores', 'check_origin', 'Selection', 'selection_from', 'check_order', 'top_k', 'Ranking']
 
 # %% ../nbs/01_selection.ipynb #cb73eb5b
 def whole(value: Any, what: str) -> int:
@@ -66,6 +66,13 @@ def check_budget(budget: int, num_layers: int) -> int:
     if not 0 <= k <= num_layers:
         raise ValueError(f"budget: expected 0 to {num_layers} (this model's layers), got {k}")
     return k
+
+# %% ../nbs/01_selection.ipynb #285c9971
+def budget_or_quarter(budget: int | None, num_layers: int) -> int:
+    """The budget K that was asked for, or without one a quarter of the layers, at least one.
+
+    Errors as `check_budget`."""
+    return max(1, num_layers // 4) if budget is None else check_budget(budget, num_layers)
 
 # %% ../nbs/01_selection.ipynb #fedeeb0b
 def check_room(full: list[int], linear: list[int], num_layers: int, budget: int) -> None:

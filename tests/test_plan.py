@@ -90,7 +90,7 @@ def test_a_plan_spends_nothing(tmp_path, monkeypatch):
     save_recipe(small_recipe(teacher, compare=("uniform",)), tmp_path / "recipe.toml")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "matrix_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(planning, "ceilings", lambda dtype, device: {"flops": 1e9})
     asked = ["convert", "recipe.toml", "--plan", "--set", "align.steps=1000"]
     done = CliRunner().invoke(cli.app, asked, prog_name="flashmorph")
     assert done.exit_code == 0, done.output

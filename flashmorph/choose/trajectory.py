@@ -5,6 +5,7 @@
 # %% ../../nbs/60_choose.trajectory.ipynb #f45b6605
 from __future__ import annotations
 import hashlib, json, os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ..selection import Ranking, Selection, check_budget
 from ..store import read_json, write_aside
 
 # %% auto #0
-__all__ = ['PATH', 'check_trajectory', 'ranked', 'GateRun', 'described', 'ties', 'tied_budgets', 'late', 'doubts', 'all_doubts',
-           'save_gates', 'load_gates']
+__all__ = ['PATH', 'check_trajectory', 'ranked', 'GateRun', 'described', 'ties', 'tied_budgets', 'earlier_order', 'late',
+           'doubts', 'doubt_texts', 'save_gates', 'load_gates']
 
 # %% ../../nbs/60_choose.trajectory.ipynb #9d676572
 PATH = "answers"                # the training whose gates all end at 0; see the gates chapter
@@ -79,7 +80,7 @@ class GateRun:
 
     def doubts(self, budget: int) -> list[str]:
         "Why the set of `budget` layers might be another: sentences, or nothing."
-        return doubts(self, budget)
+        return doubts(self)[check_budget(budget, self.num_layers)]
 
     def digest(self) -> str:
         "Short hash of the trajectory, to tell runs apart."
@@ -104,11 +105,9 @@ def described(gates: GateRun) -> str:
     return f"GateRun({size}, gates=[{scores}])"
 
 # %% ../../nbs/60_choose.trajectory.ipynb #4767d0a4
-def ties(gates: GateRun, budget: int) -> list[int]:
+def ties(order: Sequence[int], scores: Sequence[float], budget: int) -> list[int]:
     "The layers that share one score, when a set of `budget` layers divides them; else none."
-    if not 0 < budget < gates.num_layers: return []
-    order = gates.order()
-    scores = gates.gates.tolist()
+    if not 0 < budget < len(order): return []
     last, next_one = order[budget - 1], order[budget]
     if scores[last] != scores[next_one]: return []
     return sorted(i for i in order if scores[i] == scores[last])
@@ -116,41 +115,48 @@ def ties(gates: GateRun, budget: int) -> list[int]:
 
 def tied_budgets(gates: GateRun) -> list[int]:
     "The budgets at which a tie decides."
-    return [k for k in range(1, gates.num_layers) if ties(gates, k)]
+    order, scores = gates.order(), gates.gates.tolist()
+    return [k for k in range(1, gates.num_layers) if ties(order, scores, k)]
 
 # %% ../../nbs/60_choose.trajectory.ipynb #1747be05
-def late(gates: GateRun, budget: int) -> list[int]:
-    "The layers that joined the set of `budget` layers in the last tenth of the training."
+def earlier_order(gates: GateRun) -> list[int]:
+    "The order of the layers before the last tenth of the training."
     steps = len(gates.trajectory) - 1
-    if steps < 1: return []
-    before = gates.trajectory[:steps + 1 - max(1, steps // 10)]
-    earlier = GateRun(before, settings=gates.settings).order()
-    return sorted({*gates.order()[:budget]} - {*earlier[:budget]})
+    rows = max(1, steps + 1 - max(1, steps // 10))
+    return GateRun(gates.trajectory[:rows], settings=gates.settings).order()
+
+
+def late(order: Sequence[int], earlier: Sequence[int], budget: int) -> list[int]:
+    "The layers that joined the first `budget` of `order` since `earlier`."
+    return sorted({*order[:budget]} - {*earlier[:budget]})
 
 # %% ../../nbs/60_choose.trajectory.ipynb #3924b9c2
-def doubts(gates: GateRun, budget: int) -> list[str]:
-    """Sentences on what makes the set of `budget` layers doubtful: ties, saturation, late changes.
+def doubts(gates: GateRun) -> list[list[str]]:
+    """For each budget from 0 to L, sentences on what makes its set of layers doubtful.
 
-    An empty list if there is nothing to say."""
-    found = []
+    Ties, saturated gates, and changes late in the training; an empty list where there are none."""
+    order, scores = gates.order(), gates.gates.tolist()
+    earlier = earlier_order(gates)
     on_path = gates.settings.get("align") == PATH
-    tie = ties(gates, check_budget(budget, gates.num_layers))
-    if tie:
-        score = gates.gates[tie[0]].item()
-        end = " (saturated)" if score in (0.0, 1.0) else ""
-        rule = "by their numbers" if on_path else "by their areas, then by their numbers"
-        found.append(f"layers {tie} tie at {score:.3g}{end}: which of them are among the "
-                     f"{budget} was decided {rule}")
-    joined = late(gates, budget)
-    if joined:
-        found.append(f"layers {joined} joined the {budget} in the last tenth of the training: "
-                     "more steps may choose otherwise")
+    rule = "by their numbers" if on_path else "by their areas, then by their numbers"
+    found: list[list[str]] = []
+    for k in range(gates.num_layers + 1):
+        found.append([])
+        tie, joined = ties(order, scores, k), late(order, earlier, k)
+        if tie:
+            score = scores[tie[0]]
+            end = " (saturated)" if score in (0.0, 1.0) else ""
+            found[k].append(f"layers {tie} tie at {score:.3g}{end}: which of them are among the "
+                            f"{k} was decided {rule}")
+        if joined:
+            found[k].append(f"layers {joined} joined the {k} in the last tenth of the training: "
+                            "more steps may choose otherwise")
     return found
 
 
-def all_doubts(gates: GateRun) -> list[str]:
-    "The doubts at each budget from 0 to L, as one text for each; empty where there are none."
-    return ["; ".join(doubts(gates, k)) for k in range(gates.num_layers + 1)]
+def doubt_texts(gates: GateRun) -> list[str]:
+    "The `doubts` at each budget as one text, empty where there are none."
+    return ["; ".join(found) for found in doubts(gates)]
 
 # %% ../../nbs/60_choose.trajectory.ipynb #95731fdf
 def save_gates(gates: GateRun, folder: str | os.PathLike) -> Path:

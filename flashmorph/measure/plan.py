@@ -4,7 +4,7 @@
 
 # %% ../../nbs/54_measure.plan.ipynb #440091ec
 from __future__ import annotations
-import math, time
+import math
 from dataclasses import dataclass
 from typing import Any
 import torch
@@ -17,36 +17,20 @@ from .spend import Passes, cheapest
 from ..model.logits import LOGITS
 from ..model.parts import HALF
 from ..model.teacher import find_model, read_config
+from ..ops.meter import ceilings
 from ..results import amount, duration, stage_label
-from ..selection import check_budget
+from ..selection import budget_or_quarter
 from ..train.objective import FitConfig
+from ..train.precision import gpu_has_bf16
 
 # %% auto #0
-__all__ = ['stage_dtype', 'matrix_rate', 'StagePlan', 'Plan', 'Planner', 'plan_search', 'plan_repair', 'teacher_config', 'plan']
+__all__ = ['stage_dtype', 'StagePlan', 'Plan', 'Planner', 'plan_search', 'plan_repair', 'teacher_config', 'plan']
 
 # %% ../../nbs/54_measure.plan.ipynb #88c8422d
 def stage_dtype(config: FitConfig, frozen: torch.dtype, morphs: bool) -> torch.dtype:
     "The format of a stage's products; `morphs`: trains beside `frozen` weights in one model."
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    half = config.precision == "bf16" or gpu or (morphs and frozen in HALF)
+    half = config.precision == "bf16" or gpu_has_bf16() or (morphs and frozen in HALF)
     return torch.bfloat16 if half and config.precision != "no" else torch.float32
-
-
-def matrix_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
-    "FLOPs a second of a large product on this machine: the best in about `seconds`."
-    cuda = torch.cuda.is_available()
-    n = 8192 if cuda else 1024
-    a = torch.ones(n, n, dtype=dtype, device="cuda" if cuda else "cpu")
-    best = math.inf
-    end = time.perf_counter() + seconds
-    calls = 0
-    while calls < 2 or time.perf_counter() < end:
-        began = time.perf_counter()
-        a @ a
-        if cuda: torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-        calls += 1
-    return 2 * n**3 / best
 
 # %% ../../nbs/54_measure.plan.ipynb #e430351c
 @dataclass(frozen=True)
@@ -97,8 +81,7 @@ class Planner:
     def __init__(self, recipe: Any, config: PreTrainedConfig, rate: float | None):
         self.recipe, self.rate = recipe, rate
         self.model = CostModel(config, recipe.mixer)
-        wanted = max(1, self.model.num_layers // 4) if recipe.budget is None else recipe.budget
-        self.budget = check_budget(wanted, self.model.num_layers)
+        self.budget = budget_or_quarter(recipe.budget, self.model.num_layers)
         self.dtype = getattr(config, "dtype", None) or torch.float32
         self.rates: dict[torch.dtype, float] = {}
         # rows of text, and books
@@ -109,9 +92,13 @@ class Planner:
         "A stage whose steps take `flops` for each row of `row` tokens."
         rows = config.steps * config.batch_size * config.accumulate
         format = stage_dtype(config, self.dtype, name in ("align", "gates"))
-        if self.rate is None and format not in self.rates: self.rates[format] = matrix_rate(format)
-        rate = self.rates[format] if self.rate is None else self.rate
-        return StagePlan(name, rows * row, rows * flops, memory, rate)
+        return StagePlan(name, rows * row, rows * flops, memory, self.rate or self.measured(format))
+
+    def measured(self, format: torch.dtype) -> float:
+        "FLOPs a second of one large product on this machine, measured once."
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if format not in self.rates: self.rates[format] = ceilings(format, device)["flops"]
+        return self.rates[format]
 
 # %% ../../nbs/54_measure.plan.ipynb #80bdd184
 def plan_search(planner: Planner) -> list[StagePlan]:

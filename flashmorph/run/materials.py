@@ -18,7 +18,7 @@ from ..model.hosts import attention_modules
 from ..model.layers import check_full
 from ..model.teacher import check_length, load_teacher
 from .recipe import SIZES, TABLES, Recipe, recipe_toml
-from ..selection import check_budget
+from ..selection import budget_or_quarter
 from ..store import checksum
 
 # %% auto #0
@@ -34,9 +34,7 @@ class Materials:
         self.recipe = recipe
         self.teacher, self.tokenizer = load_teacher(recipe.teacher)
         self.num_layers: int = self.teacher.config.num_hidden_layers
-        quarter = max(1, self.num_layers // 4)
-        wanted = quarter if recipe.budget is None else recipe.budget
-        self.budget = check_budget(wanted, self.num_layers)
+        self.budget = budget_or_quarter(recipe.budget, self.num_layers)
 
     def books(self, seed: int, length: int | None = None) -> Passkeys:
         "Passkey books, of the recipe's length unless another is asked for."

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 import plotly.graph_objects as go
 import traitlets as T
-from ..choose.trajectory import GateRun, all_doubts
+from ..choose.trajectory import GateRun, doubt_texts
 from ..results import METRICS, Cost, amount, percent
 from ..selection import Ranking, Selection, check_budget, check_pins, top_k
 from .look import FULL, LINEAR, Figure, layer_step, styled
 from .widget import Widget, allowed
 
 # %% auto #0
-__all__ = ['CHOICE', 'Choice', 'state_of', 'choice_of', 'History', 'Chooser', 'ranking_of', 'doubts_of', 'doubt_of', 'summary',
-           'scores_of', 'budget_figure']
+__all__ = ['CHOICE', 'Choice', 'state_of', 'choice_of', 'History', 'Chooser', 'loaded', 'ranking_of', 'doubts_of', 'doubt_of',
+           'summary', 'scores_of', 'budget_figure']
 
 # %% ../../nbs/75_show.chooser.ipynb #cbbea148
 @dataclass(frozen=True)
@@ -156,9 +156,14 @@ class Chooser(Widget):
         self.show(self._known.go(choice_of(len(self.order), self.begun)))
 
 # %% ../../nbs/75_show.chooser.ipynb #d6f07a68
+def loaded(run: Any) -> Any:
+    "The gate run of a folder; anything else as it is."
+    return GateRun.load(run) if isinstance(run, (str, Path)) else run
+
+
 def ranking_of(run: Any) -> Ranking:
     "The ranking of a gate run, of a run folder, or a ranking itself; `TypeError` for other things."
-    if isinstance(run, (str, Path)): run = GateRun.load(run)
+    run = loaded(run)
     ranking = run.ranking if isinstance(run, GateRun) else run
     if isinstance(ranking, Ranking): return ranking
     raise TypeError("run: expected a GateRun, a Ranking, or a run folder, "
@@ -167,14 +172,14 @@ def ranking_of(run: Any) -> Ranking:
 
 def doubts_of(run: Any) -> list[str]:
     "What makes the sets of a gate run, or of its folder, doubtful, for each budget; else nothing."
-    if isinstance(run, (str, Path)): run = GateRun.load(run)
-    return all_doubts(run) if isinstance(run, GateRun) else []
+    run = loaded(run)
+    return doubt_texts(run) if isinstance(run, GateRun) else []
 
 
-def doubt_of(doubts: Sequence[str], choice: Choice) -> str:
-    "What makes a choice doubtful; pins decide other sets, of which `doubts` say nothing."
+def doubt_of(texts: Sequence[str], choice: Choice) -> str:
+    "What makes a choice doubtful; pins decide other sets, of which `texts` say nothing."
     pinned = choice.full or choice.linear
-    return doubts[choice.budget] if doubts and not pinned else ""
+    return texts[choice.budget] if texts and not pinned else ""
 
 # %% ../../nbs/75_show.chooser.ipynb #b1eb1dce
 def summary(

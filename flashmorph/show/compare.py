@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import traitlets as T
 from ..choose.trajectory import GateRun
 from ..results import RecallGrid
-from ..selection import Ranking, Selection, check_budget
+from ..selection import Ranking, Selection, budget_or_quarter, check_budget
 from .figures import selection_figure
 from .look import Figure, styled
 from .measured import recall_figure
@@ -33,7 +33,7 @@ def _first_budget(methods: Mapping[str, Any], num_layers: int) -> int:
     "Where the slider begins: at the first finished selection, or at a quarter of the layers."
     for method in methods.values():
         if isinstance(method, Selection): return method.budget
-    return max(1, num_layers // 4)
+    return budget_or_quarter(None, num_layers)
 
 # %% ../../nbs/77_show.compare.ipynb #64c593c1
 class SelectionCompare(Widget):

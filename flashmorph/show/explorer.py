@@ -19,10 +19,10 @@ from ..measure.evaluate import evaluate_recall
 from ..model.hybrid import HybridConfig
 from ..model.morph import MorphableModel, share
 from ..results import METRICS, Cost
-from ..selection import Ranking, Selection
+from ..selection import Ranking, Selection, budget_or_quarter
 from .chooser import (
-    Choice, Chooser, History, budget_figure, doubt_of, doubts_of, ranking_of,
-    scores_of, state_of, summary)
+    Choice, Chooser, History, budget_figure, doubt_of, doubts_of, loaded,
+    ranking_of, scores_of, state_of, summary)
 from .look import Figure
 from .widget import Refused, cost_table, layers_of, mask_of, method_sets, script
 
@@ -261,18 +261,18 @@ class BudgetExplorer(Counted, Measured, Committed):
                  context: int = 4096, compare: Mapping[str, Any] | None = None,
                  mixer: str | None = None, count: int = 32, batch_size: int = 8,
                  full: Iterable[int] = (), linear: Iterable[int] = ()):
+        if folder is None and isinstance(run, (str, Path)): folder = run
         self.model = model
+        run = loaded(run)
         self.ranking = ranking_of(run)
         L = self.ranking.num_layers
-        if budget is None: budget = max(1, L // 4)
-        now = Choice(L, budget, tuple(full), tuple(linear))
+        now = Choice(L, budget_or_quarter(budget, L), tuple(full), tuple(linear))
         if compare is None: compare = {"uniform": lambda k: uniform(L, k)}
         super().__init__(
             order=list(self.ranking.order), scores=list(scores_of(self.ranking)),
             doubts=doubts_of(run), context=context,
             others=method_sets(compare, L), begun=state_of(now), **History(now).state())
         self.show(History(now))
-        if folder is None and isinstance(run, (str, Path)): folder = run
         if folder is not None: self.folder = Path(folder)
         # a meter checks the model, so it is made first
         if model is not None:

@@ -15,9 +15,9 @@ import plotly.graph_objects as go
 import torch
 import traitlets as T
 from torch import Tensor
-from ..choose.trajectory import GateRun, all_doubts
+from ..choose.trajectory import GateRun, doubt_texts
 from ..results import number
-from ..selection import check_budget
+from ..selection import budget_or_quarter, check_budget
 from .figures import gates_figure, loss_figure
 from .look import Figure, styled, thin
 from .widget import Outputs, Widget, allowed, script
@@ -123,7 +123,7 @@ def _layers_state(recording: Recording, at: Sequence[int], full: bool) -> dict[s
     orders = [recording.gates(i + 1).order() for i in steps]
     state["order"] = orders[-1]
     if not full: return state
-    doubts = all_doubts(recording.gates())
+    doubts = doubt_texts(recording.gates())
     return {**state, "orders": packed(torch.tensor(orders), "<u2"), "doubts": doubts}
 
 # %% ../../nbs/74_show.monitor.ipynb #c8be1fe3
@@ -221,11 +221,6 @@ class Ration:
         self._next = began + took + max(self.interval, 49 * took)
 
 # %% ../../nbs/74_show.monitor.ipynb #6e23014a
-def _budget(wanted: int | None, num_layers: int) -> int:
-    "The budget that was asked for, if the model can have it; else a quarter of the layers."
-    return max(1, num_layers // 4) if wanted is None else check_budget(wanted, num_layers)
-
-
 def _taken(so_far: FitResult) -> dict[str, Any]:
     "What a training has taken so far, for the line of numbers."
     return {key: getattr(so_far, key) for key in ("tokens", "tokens_s", "peak_memory")}
@@ -283,7 +278,7 @@ class GateMonitor(TraceView, Callback):
     def draw(self, full: bool = False) -> None:
         state = picture(self.recording, full)
         L = state["num_layers"]
-        if L not in (0, self.num_layers): state["budget"] = _budget(self.wanted, L)
+        if L not in (0, self.num_layers): state["budget"] = budget_or_quarter(self.wanted, L)
         self.put(**state, taken=_taken(self.so_far), frame=self.frame + 1)
 
     def _ipython_display_(self) -> None: self.outputs.show(self)

@@ -15,7 +15,7 @@ from ..results import amount
 from .objective import FitConfig, Objective
 
 # %% auto #0
-__all__ = ['promote', 'is_mixed', 'precision_of', 'accelerator', 'kind_of', 'dtypes_of', 'what_trains']
+__all__ = ['promote', 'is_mixed', 'gpu_has_bf16', 'precision_of', 'accelerator', 'kind_of', 'dtypes_of', 'what_trains']
 
 # %% ../../nbs/42_train.precision.ipynb #47734672
 def promote(parameters: Iterable[nn.Parameter]) -> None:
@@ -34,6 +34,9 @@ def is_mixed(model: nn.Module) -> bool:
     return trains and any(p.dtype in HALF for p in model.parameters() if not p.requires_grad)
 
 
+def gpu_has_bf16() -> bool: return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 def precision_of(config: FitConfig, objective: Objective) -> str:
     """The precision of a training: `"bf16"` (autocast) or `"no"`.
 
@@ -43,8 +46,7 @@ def precision_of(config: FitConfig, objective: Objective) -> str:
     if mixed and config.precision == "no":
         raise ValueError("precision: the model is frozen in 16 bits, in part, so its products "
                          'need "bf16"; leave precision out, or load the teacher in float32')
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return config.precision or ("bf16" if has_bf16 or mixed else "no")
+    return config.precision or ("bf16" if gpu_has_bf16() or mixed else "no")
 
 # %% ../../nbs/42_train.precision.ipynb #c62579f6
 def accelerator(config: FitConfig, objective: Objective) -> Any:
