@@ -157,9 +157,9 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     # what the gates choose, unless somebody has chosen otherwise
     ours = gates.select(materials.budget)
     selection = chosen(ours, work.ledger)
-    doubts = [f"doubt: {doubt}" for doubt in gates.doubts(materials.budget)]
-    theirs = [f"keep the layers of selection.json: {list(selection.layers)}"]
-    for line in doubts if selection is ours else theirs: work.say(line)
+    if selection is ours:
+        for doubt in gates.doubts(materials.budget): work.say(f"doubt: {doubt}")
+    else: work.say(f"keep the layers of selection.json: {list(selection.layers)}")
     model.gates = 1.0
     return model, selection
 

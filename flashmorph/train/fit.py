@@ -25,8 +25,8 @@ from flashmorph.train.resume import (
 )
 
 # %% auto #0
-__all__ = ['all_facts', 'State', 'metadata', 'restore', 'fresh', 'on_device', 'micro_batches', 'one_step', 'begin', 'train',
-           'fit']
+__all__ = ['all_facts', 'State', 'metadata', 'restore', 'fresh', 'on_device', 'micro_batches', 'one_step', 'tell', 'begin',
+           'train', 'fit']
 
 # %% ../../nbs/44_train.fit.ipynb #f22001ce
 def all_facts(
@@ -184,6 +184,13 @@ def one_step(state: State, module: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {**known, **metrics, **state.objective.project()}
 
 # %% ../../nbs/44_train.fit.ipynb #74641b2d
+def tell(state: State, callbacks: list[Callback], event: dict[str, Any]) -> None:
+    "Let all who watch hear what was spent, and the event."
+    for callback in callbacks:
+        callback.spent(state.result())
+        callback.step(event)
+
+
 def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
     "Let the objective do what it does before the first step, and keep the result as step 0."
     objective, acc = state.objective, state.acc
@@ -207,9 +214,7 @@ def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
     state.seconds = time.perf_counter() - began
     event = {"stage": state.stage, "step": 0, **found}
     state.record(event)
-    for callback in callbacks:
-        callback.spent(state.result())
-        callback.step(event)
+    tell(state, callbacks, event)
     state.save()
 
 # %% ../../nbs/44_train.fit.ipynb #6b120f52
@@ -233,9 +238,7 @@ def train(
             event = one_step(state, module, optimizer)
             state.seconds = time.perf_counter() - began
             state.record(event)
-            for callback in callbacks:
-                callback.spent(state.result())
-                callback.step(event)
+            tell(state, callbacks, event)
             rate = (state.tokens - first) / max(1e-9, bar.format_dict["elapsed"])
             bar.update()
             shown = {"loss": f"{event['loss']:.4g}", "tokens_s": f"{rate:,.0f}"}
