@@ -173,16 +173,12 @@ class Job:
         return time.perf_counter()
 
     def forget_peak(self) -> None:
-        import torch
-        if self.cuda: torch.cuda.reset_peak_memory_stats()
+        from flashmorph.ops.meter import PeakMemory
+        self.peak = PeakMemory(self.device)
 
     def peak_gib(self) -> float:
         "The most memory of the device since `forget_peak`; on a CPU of the process."
-        import resource
-
-        import torch
-        if self.cuda: return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return self.peak() / 2**30
 
 
 def facts(commit: str | None) -> dict[str, Any]:
@@ -209,9 +205,8 @@ def said(command: list[str]) -> str:
 
 def write_json(file: Path, record: Any) -> None:
     "Write aside, then rename."
-    aside = file.with_name(f".{file.name}.aside")
-    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    aside.replace(file)
+    from flashmorph.store import write_aside
+    write_aside(file, lambda path: path.write_text(json.dumps(record, indent=1), encoding="utf-8"))
 
 
 # kernels
@@ -360,7 +355,8 @@ def timed_stage(job: Job, train: Callable, vocab_size: int, length: int) -> dict
 def quarter(model: Any) -> Any:
     "A hybrid that keeps every fourth layer."
     import flashmorph as fm
-    return model.commit(fm.uniform(model.num_layers, max(1, model.num_layers // 4)))
+    from flashmorph.selection import budget_or_quarter
+    return model.commit(fm.uniform(model.num_layers, budget_or_quarter(None, model.num_layers)))
 
 
 def stages_of(job: Job, teacher: Any) -> Iterator[tuple[str, Callable, Any]]:
@@ -482,6 +478,7 @@ def scores(job: Job, hybrid: Any, teacher: Any, held: list[dict[str, Any]]) -> d
     "KL to the teacher where answers are predicted, and recall, on held-out books."
     import torch
 
+    from flashmorph.choose.gates import answer_positions
     from flashmorph.data.mixture import batches
     from flashmorph.measure.evaluate import evaluate_recall
     from flashmorph.model.logits import divergence, hidden_states
@@ -489,8 +486,7 @@ def scores(job: Job, hybrid: Any, teacher: Any, held: list[dict[str, Any]]) -> d
     with torch.no_grad():
         for batch in batches(held, 8, len(held)):
             ids = batch["input_ids"].to(job.device)
-            where = torch.zeros_like(ids, dtype=torch.bool)
-            where[:, :-1] = (batch["answers"][:, 1:] > 0).to(job.device)
+            where = answer_positions(batch).to(job.device)
             ours, theirs = (hidden_states(model, ids)[where] for model in (hybrid, teacher))
             total += divergence(hybrid, teacher, ours, theirs).item() * len(ours)
             number += len(ours)
