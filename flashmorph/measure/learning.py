@@ -8,15 +8,15 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 import torch
 from ..data.mixture import Mixture
 from ..model.morph import MorphableModel, morph
 from ..model.teacher import load_teacher
 from ..ops.meter import check_device, machine
-from ..settings import Settings, setting
-from ..train.align import align
+from ..settings import setting
+from ..train.align import AlignConfig, align
 from ..train.objective import Callback, FitConfig, FitResult
 
 # %% auto #0
@@ -27,24 +27,24 @@ Rows = list[dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignBench(Settings):
-    """What `bench_align` trains: `steps` of `batch_size` rows of `length` tokens.
+class AlignBench(AlignConfig):
+    """What `bench_align` trains: settings of `AlignConfig`, and rows of `length` tokens.
 
-    The rates are those of `AlignConfig`; `every` steps the error of `held_out` rows is measured.
-    `ValueError` for a setting that cannot work."""
-    length: int = setting(256, low=2)
-    batch_size: int = setting(4, low=1)
+    A share of the rows are `passkeys`; every `every` steps the error of `held_out` rows is
+    measured. Both starts are trained, whatever `start` says. `ValueError` for a setting that
+    cannot work."""
+    table = ""
     steps: int = setting(100, low=1)
+    batch_size: int = setting(4, low=1)
     lr: float = setting(3e-3, above=0)
     lr_end: float | None = setting(1e-4, low=0)
     warmup: int = setting(10, low=0)
-    start_tokens: int = setting(25_000, low=1)
+    length: int = setting(256, low=2)
     every: int = setting(5, low=1)
-    held_out: int = setting(16, low=1)  # rows
-    passkeys: float = setting(0.5, low=0, high=1)  # their share of the rows
+    held_out: int = setting(16, low=1)
+    passkeys: float = setting(0.5, low=0, high=1)
     keys: int = setting(4, low=1)
     words_per_key: int = setting(6, low=1)
-    precision: str | None = setting(None, choices=(None, "no", "bf16"))
     device: str = "cpu"
 
     def check(self) -> None: check_device(self.device)
@@ -97,9 +97,8 @@ def aligned(
 ) -> list[dict[str, float]]:
     "The curve of one training of stage 1 that begins with `start`."
     curve = Curve(model, held, settings)
-    names = ("steps", "batch_size", "lr", "lr_end", "warmup", "start_tokens", "precision")
-    known = {name: settings[name] for name in names}
-    align(model, rows, start=start, callbacks=[curve], progress=False, **known)
+    known = {name: settings[name] for name in AlignConfig.setting_names()}
+    align(model, rows, known | {"start": start}, callbacks=[curve], progress=False)
     return curve.points
 
 
@@ -161,5 +160,5 @@ def bench_align(
         points = aligned(model, rest, held, start, wanted)
         curves.setdefault(mixer, {})[start] = points
         say(f"{mixer}, {start}: {points[0]['error']:.3g} to {points[-1]['error']:.3g}")
-    about = {**machine(wanted.device), "teacher": teacher, "sizes": vars(wanted)}
+    about = {**machine(wanted.device), "teacher": teacher, "sizes": asdict(wanted)}
     return {**about, "curves": curves}
