@@ -15,7 +15,7 @@ from flashmorph.model.morph import morph
 from flashmorph.model.teacher import load_teacher
 from flashmorph.run import cli
 from flashmorph.run.recipe import save_recipe
-from flashmorph.train.align import AlignObjective
+from flashmorph.train.align import AlignConfig, AlignObjective
 from flashmorph.train.distill import DistillObjective, NextTokenObjective
 from flashmorph.train.least_squares import least_squares
 
@@ -56,6 +56,14 @@ def test_each_stage_takes_what_is_counted(teacher, batch, mixer, monkeypatch):
     model = morph(teacher, mixer)
     L = model.num_layers
     assert taken(AlignObjective(model), batch) == 2 * (passes.align() + L * unseen)
+    # a step of the branches' optimizer, for shared keys and values
+    if "expand_kv" not in mixer:
+        objective = AlignObjective(model)
+        objective(batch)[0].backward()
+        optimizer = objective.optimizer(objective.trainable().values(), AlignConfig(lr=0.01))
+        with FlopCounterMode(display=False) as counter: optimizer.step()
+        assert counter.get_total_flops() == passes.muon
+        model.zero_grad()
     # teacher and mix, and twice behind the first layer
     expected = 2 * (passes.gates() + (2 * L + 2 * (L - 1)) * unseen)
     assert taken(PriceObjective(model, align="raw"), batch) == expected

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 import flashmorph as fm
 from flashmorph.model.branches import after_each
 from flashmorph.model.morph import full_pass
-from flashmorph.train.least_squares import least_squares, run_traced, with_one
+from flashmorph.train.least_squares import (
+    least_squares, run_traced, weight_of, with_one)
 
 ROWS = [{"input_ids": torch.randint(5, 90, (24,), generator=torch.Generator().manual_seed(i))}
         for i in range(40)]
@@ -145,14 +146,16 @@ def test_every_family_has_its_closed_form(family):
     with torch.no_grad(), full_pass(model), after_each(model.layers[2:3], keep):
         for batch in batches: model.hidden(batch["input_ids"])
     before = model.alignment_losses(batches[0]["input_ids"], relative=True)
+    start = weight_of(rows["projection"]).detach()
     found = least_squares(model, iter(batches), tokens=12 * 4 * 23)
     after = model.alignment_losses(batches[0]["input_ids"], relative=True)
     assert (after < before).all()
-    # the ridge as rows below the data
+    # the ridge as rows below the data, near a multiple of the weights before
     x, y = torch.cat(rows["x"]), torch.cat(rows["y"])
+    factor = torch.linalg.lstsq((x @ start.T).reshape(-1, 1), y.reshape(-1, 1)).solution.clamp(0)
     strength = (found["ridges"][2] * x.pow(2).sum(0).mean()).sqrt()
     below = strength * torch.eye(x.shape[1], dtype=x.dtype)
-    full = torch.cat([x, below]), torch.cat([y, torch.zeros(len(below), y.shape[1]).double()])
+    full = torch.cat([x, below]), torch.cat([y, strength * factor * start.T])
     wanted = torch.linalg.lstsq(*full).solution
     projection, inputs = rows["projection"], torch.randn(5, x.shape[1])
     if projection.bias is not None: inputs[:, -1] = 1

@@ -5,7 +5,7 @@
 # %% ../../nbs/54_measure.plan.ipynb #440091ec
 from __future__ import annotations
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 import torch
 from rich import box
@@ -106,15 +106,18 @@ def plan_search(planner: Planner) -> list[StagePlan]:
     align, gates = planner.recipe.align, planner.recipe.gates
     teacher = planner.model.weights.parameters * planner.dtype.itemsize
     branches = sum(layer.branch_parameters for layer in planner.text.layers)
+    muon = align.optimizer == "muon"
     first = planner.stage("align", align, planner.text.tokens, planner.text.align(),
-                       teacher + 16 * branches)
+                       teacher + (12 if muon else 16) * branches)
+    tokens, flops = first.tokens, first.flops
+    if muon: flops += align.steps * planner.text.muon
     # the start reads whole batches, two at least
     if align.start == "least-squares":
         batch = align.batch_size * planner.text.tokens
         batches = max(2, math.ceil(align.start_tokens / batch))
-        flops = first.flops + batches * align.batch_size * planner.text.start()
-        tokens = first.tokens + batches * batch
-        first = StagePlan("align", tokens, flops, first.memory, first.rate)
+        flops += batches * align.batch_size * planner.text.start()
+        tokens += batches * batch
+    first = replace(first, tokens=tokens, flops=flops)
     second = planner.stage("gates", gates, planner.books.tokens, planner.books.gates(),
                         teacher + 4 * branches)
     return [first, second]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 from .cost import (
     STRAIGHT, CostModel, meta_model, projection_sizes, visible_pairs)
 from ..model.hosts import attention_modules
@@ -16,7 +17,7 @@ from ..model.mixers import MixerDims
 from ..train.objective import Callback, FitResult
 
 # %% auto #0
-__all__ = ['Spending', 'mixer_flops', 'Layer', 'layers_of', 'Passes', 'cheapest']
+__all__ = ['Spending', 'mixer_flops', 'muon_flops', 'Layer', 'layers_of', 'Passes', 'cheapest']
 
 # %% ../../nbs/53_measure.spend.ipynb #a654158b
 class Spending(Callback):
@@ -54,6 +55,17 @@ def mixer_flops(
     mixer.zero_grad()
     return counter.get_total_flops()
 
+# %% ../../nbs/53_measure.spend.ipynb #fe99865c
+def muon_flops(*modules: nn.Module) -> int:
+    "FLOPs of one step of Muon for the weights of all linear layers in `modules`."
+    total = 0
+    for module in modules:
+        for layer in module.modules():
+            if not isinstance(layer, (nn.Linear, Conv1D)): continue
+            small, large = sorted(layer.weight.shape)
+            total += 5 * (4 * small**2 * large + 2 * small**3)
+    return total
+
 # %% ../../nbs/53_measure.spend.ipynb #f8f62cfc
 @dataclass(frozen=True)
 class Layer:
@@ -67,6 +79,7 @@ class Layer:
     gated: int          # weights without gradient
     trained: int        # all with gradient
     moments: int        # of the least-squares start
+    steps: int          # of Muon, one; keys and values that are shared count once
     branch_parameters: int
 
     @property
@@ -100,6 +113,7 @@ def layers_of(model: CostModel, tokens: int) -> list[Layer]:
             projections=2 * tokens * sum(matrices), output=2 * tokens * inputs * dims.hidden_size,
             grown=2 * tokens * mixer.grown_matrices, pairs=pair * visible_pairs(tokens, window),
             moments=2 * tokens * inputs * (inputs + dims.hidden_size),
+            steps=muon_flops(attn, mixer.mixer),
             branch_parameters=projection_sizes(attn)[0] + mixer.parameters,
             **counted[id(mixer)]))
     return found
@@ -115,6 +129,7 @@ class Passes:
         self.head = 2 * weights.head                            # a token
         self.rest = 2 * tokens * weights.active - attention     # all but attention and head
         pairs = sum(layer.pairs for layer in self.layers)
+        self.muon = sum(layer.steps for layer in self.layers)   # a step, for any number of rows
         self.teacher = self.rest + attention + pairs            # without the head
 
     def start(self) -> int:

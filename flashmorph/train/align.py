@@ -4,11 +4,13 @@
 
 # %% ../../nbs/46_train.align.ipynb #7b77a96d
 from __future__ import annotations
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from ..data.batches import check_tokens, real_tokens
 from ..folder import Run
 from ..model.logits import host_of
@@ -21,7 +23,52 @@ from flashmorph.train.objective import (
 )
 
 # %% auto #0
-__all__ = ['vocabulary', 'AlignObjective', 'AlignConfig', 'align']
+__all__ = ['RATES', 'MuonAdamW', 'split_matrices', 'vocabulary', 'AlignObjective', 'AlignConfig', 'with_schedule', 'align']
+
+# %% ../../nbs/46_train.align.ipynb #84f4abd5
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for `matrices`, AdamW for all `others`, as one optimizer.
+
+    Muon's steps are given the size of AdamW's (arXiv 2502.16982), so one `lr` serves both. The
+    first of `betas`, which are AdamW's, is also Muon's momentum."""
+    def __init__(
+        self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float,
+        betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0,
+    ):
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(
+                matrices, lr=lr, weight_decay=weight_decay, momentum=betas[0],
+                adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(torch.optim.AdamW(
+                others, lr=lr, weight_decay=weight_decay, betas=betas))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            # a restored optimizer has another group, and other states
+            part.param_groups = [group]
+            part.state = self.state
+            part.step()
+        return loss
+
+# %% ../../nbs/46_train.align.ipynb #790e4ec1
+def split_matrices(
+    module: nn.Module, parameters: Iterable[nn.Parameter]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    "The parameters that are weights of linear layers in `module`, and all others."
+    linear = [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    weights = {id(m.weight) for m in linear}
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in parameters:
+        (matrices if id(parameter) in weights else others).append(parameter)
+    return matrices, others
 
 # %% ../../nbs/46_train.align.ipynb #a374423a
 def vocabulary(model: Any) -> int:
@@ -34,13 +81,18 @@ class AlignObjective(Objective):
     """Mean over layers of the distance between linear and full branch.
 
     Both branches see the teacher's own hidden states. With `start_tokens` the training begins
-    with `least_squares`. Raises `TypeError` unless the model has both branches."""
-    def __init__(self, model: MorphableModel, relative: bool = True, start_tokens: int = 0):
+    with `least_squares`. `steps_by` is `"muon"` or `"adamw"`. Raises `TypeError` unless the model
+    has both branches."""
+    def __init__(
+        self, model: MorphableModel, relative: bool = True, start_tokens: int = 0,
+        steps_by: str = "muon",
+    ):
         super().__init__()
         if not isinstance(model, MorphableModel):
             raise TypeError(f"expected a morphable model (see morph), got {type(model).__name__}")
         self.model, self.relative = model, relative
         self.start_tokens = start_tokens
+        self.steps_by = steps_by
         model.requires_grad_(False)
         for layer in model.layers: layer.linear.requires_grad_(True)
 
@@ -54,6 +106,13 @@ class AlignObjective(Objective):
         found = least_squares(self.model, batches, self.start_tokens, total)
         return {"loss": sum(found["layers"]) / len(found["layers"]), **found}
 
+    def optimizer(
+        self, parameters: Iterable[nn.Parameter], config: FitConfig
+    ) -> torch.optim.Optimizer:
+        if self.steps_by == "adamw": return super().optimizer(parameters, config)
+        parts = split_matrices(self, parameters)
+        return MuonAdamW(*parts, config.lr, config.betas, config.weight_decay)
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         losses = self.model.alignment_losses(ids, mask, relative=self.relative)
@@ -65,20 +124,37 @@ class AlignObjective(Objective):
         return {k: v for k, v in super().frozen().items() if not k.endswith(".alpha")}
 
 # %% ../../nbs/46_train.align.ipynb #d6d8b146
+RATES = {"muon": 2e-2, "adamw": 1e-3}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(FitConfig):
-    """Settings of stage 1: those of `FitConfig`, and whether errors are `relative`.
+    """Settings of stage 1: those of `FitConfig`, the start, the optimizer, and the loss.
 
     `start` is `"least-squares"` (see the chapter before; from `start_tokens` tokens, which come
-    before those of the steps) or `"copy"`: the teacher's projections as they are. All else is the
-    public recipe's (arXiv 2601.22156): cosine from 1e-3 to 1e-5, AdamW(0.9, 0.95), clip 1."""
+    before those of the steps) or `"copy"`: the teacher's projections as they are. `optimizer` is
+    `"muon"` (`MuonAdamW`) or `"adamw"`. Without `lr` the rate is 2e-2 for Muon and 1e-3 for AdamW;
+    without `warmup` a tenth of the steps are, 50 at most. `relative`: errors are divided by the
+    energy of their target.
+
+    The public recipe (arXiv 2601.22156) is `start="copy", optimizer="adamw"`: AdamW(0.9, 0.95),
+    cosine from 1e-3 to 1e-5, clip 1."""
     table = "align"
     steps: int = setting(500, low=0, high=MOST)
+    lr: float | None = setting(None, above=0, high=100)  # type: ignore[assignment]
     lr_end: float | None = setting(1e-5, low=0, high=100)
-    warmup: int = setting(50, low=0, high=MOST)                 # at most `steps`
+    warmup: int | None = setting(None, low=0, high=MOST)  # type: ignore[assignment]
     start: str = setting("least-squares", choices=("least-squares", "copy"))
-    start_tokens: int = setting(25_000, low=1, high=MOST)
+    start_tokens: int = setting(4_000, low=1, high=MOST)
+    optimizer: str = setting("muon", choices=tuple(RATES))
     relative: bool = True
+
+# %% ../../nbs/46_train.align.ipynb #b788a40e
+def with_schedule(config: AlignConfig) -> AlignConfig:
+    "The settings with rate and warm-up, where none was given; the warm-up ends with the steps."
+    lr = RATES[config.optimizer] if config.lr is None else config.lr
+    warmup = min(config.steps // 10, 50) if config.warmup is None else config.warmup
+    return replace(config, lr=lr, warmup=min(warmup, config.steps))
 
 # %% ../../nbs/46_train.align.ipynb #6daf5e37
 @takes(AlignConfig)
@@ -102,10 +178,10 @@ def align(
     on rows held out. The paper uses 320M tokens of length 512.
     `run`, `resume`, `facts` and errors are those of `fit`; `TypeError` for other models."""
     config, run = stage_settings(AlignConfig, config, settings, run)
-    config = replace(config, warmup=min(config.warmup, config.steps))
+    config = with_schedule(config)
     with flags_kept(model):
         tokens = config.start_tokens if config.start == "least-squares" else 0
-        objective = AlignObjective(model, config.relative, tokens)
+        objective = AlignObjective(model, config.relative, tokens, config.optimizer)
         known = {"mixer": model.mixer, **(facts or {})}
         return fit(objective, data, config, stage=stage, run=run, resume=resume,
                    callbacks=callbacks, progress=progress, facts=known)

@@ -17,8 +17,8 @@ from ..model.morph import MorphableModel, full_pass
 from .objective import Total
 
 # %% auto #0
-__all__ = ['RIDGES', 'HELD_OUT', 'Moments', 'added', 'ridge_solution', 'best_ridge', 'Traced', 'run_traced', 'with_one', 'assign',
-           'Gatherer', 'gather', 'least_squares']
+__all__ = ['RIDGES', 'HELD_OUT', 'Moments', 'added', 'best_multiple', 'ridge_solution', 'best_ridge', 'Traced', 'run_traced',
+           'with_one', 'weight_of', 'assign', 'Gatherer', 'gather', 'least_squares']
 
 # %% ../../nbs/45_train.least_squares.ipynb #fbaf7e74
 class Moments:
@@ -54,23 +54,31 @@ def added(a: Moments, b: Moments) -> Moments:
     return both
 
 # %% ../../nbs/45_train.least_squares.ipynb #e354f58a
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
-def ridge_solution(moments: Moments, ridge: float) -> Tensor:
-    "The weight `(E, D)` of least error plus ridge; an input that never varies gets 0."
+def best_multiple(moments: Moments, weight: Tensor) -> Tensor:
+    "The multiple of a weight `(E, D)` that has the least error; never a negative one."
+    weight = weight.double().cpu()
+    energy = ((weight @ moments.xx) * weight).sum().clamp_min(1e-300)
+    factor = (weight * moments.xy.T).sum() / energy
+    return factor.clamp_min(0) * weight
+
+
+def ridge_solution(moments: Moments, ridge: float, near: Tensor) -> Tensor:
+    "The weight `(E, D)` of least error plus ridge, which pulls towards the weight `near`."
     inputs = len(moments.xx)
     strength = ridge * moments.xx.diagonal().mean().clamp_min(1e-30)
     regular = moments.xx + strength * torch.eye(inputs, dtype=torch.float64)
-    return torch.linalg.solve(regular, moments.xy).T
+    return torch.linalg.solve(regular, moments.xy + strength * near.T).T
 
-
-def best_ridge(fitted: Moments, held: Moments) -> tuple[float, float]:
+# %% ../../nbs/45_train.least_squares.ipynb #f4c087cd
+def best_ridge(fitted: Moments, held: Moments, near: Tensor) -> tuple[float, float]:
     """The ridge whose solution has the least error on the tokens held out, and the error.
 
     Without such tokens: a ridge of 0.1, and the error on the tokens of the fit."""
-    if not held.yy: return 0.1, fitted.error(ridge_solution(fitted, 0.1))
-    errors = {ridge: held.error(ridge_solution(fitted, ridge)) for ridge in RIDGES}
+    if not held.yy: return 0.1, fitted.error(ridge_solution(fitted, 0.1, near))
+    errors = {ridge: held.error(ridge_solution(fitted, ridge, near)) for ridge in RIDGES}
     ridge = min(errors, key=errors.__getitem__)
     return ridge, errors[ridge]
 
@@ -108,6 +116,14 @@ def with_one(inputs: Tensor, projection: Any) -> Tensor:
     "The inputs `(N, D)` of a projection; `(N, D + 1)` with a 1 if it has a bias."
     if projection.bias is None: return inputs
     return torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+
+
+def weight_of(projection: Any) -> Tensor:
+    "The weight `(E, D)` of a projection, in float64; with its bias `(E, D + 1)`."
+    weight = projection.weight.detach().double()
+    if isinstance(projection, Conv1D): weight = weight.T
+    if projection.bias is None: return weight
+    return torch.cat([weight, projection.bias.detach().double()[:, None]], 1)
 
 
 def assign(projection: Any, solution: Tensor) -> None:
@@ -169,11 +185,12 @@ def gather(
 def least_squares(
     model: MorphableModel,
     batches: Iterator[dict[str, Tensor]],  # on the device of the model
-    tokens: int = 25_000,
+    tokens: int = 4_000,
     total: Total = lambda x: x,  # sums a tensor over all processes
 ) -> dict[str, list[float]]:  # lists over L layers
     """Solve for the output projection of every linear branch, from about `tokens` tokens.
 
+    The weights stay near the best multiple of those there, as near as each layer's ridge asks.
     Returns `layers`, the relative errors on batches held out, and the `ridges`. The moments take
     `32 D^2` bytes of a CPU's memory for each layer whose projection is `(D, D)`.
     Raises `ValueError` if a branch does not end in a linear layer; nothing is changed then."""
@@ -181,9 +198,11 @@ def least_squares(
     layers, ridges = [], []
     for index, projection in gatherer.projections.items():
         fitted, held = gatherer.moments[index]
-        ridge, error = best_ridge(fitted, held)
+        every = added(fitted, held)
+        start = weight_of(projection)
+        ridge, error = best_ridge(fitted, held, best_multiple(fitted, start))
         # all tokens for the weights that stay
-        assign(projection, ridge_solution(added(fitted, held), ridge))
+        assign(projection, ridge_solution(every, ridge, best_multiple(every, start)))
         layers.append(round(error, 6))
         ridges.append(ridge)
     return {"layers": layers, "ridges": ridges}
