@@ -46,7 +46,9 @@ class AlignBench(AlignConfig):
     words_per_key: int = setting(6, low=1)
     device: str = "cpu"
 
-    def check(self) -> None: check_device(self.device)
+    def check(self) -> None:
+        super().check()
+        check_device(self.device)
 
     @property
     def rows(self) -> int:

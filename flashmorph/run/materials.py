@@ -20,6 +20,7 @@ from ..model.teacher import check_length, load_teacher
 from .recipe import SIZES, TABLES, Recipe, recipe_toml
 from ..selection import budget_or_quarter
 from ..store import checksum
+from ..train.resume import UNCOMPARED
 
 # %% auto #0
 __all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'short_hash', 'model_fingerprint',
@@ -108,7 +109,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 # %% ../../nbs/81_run.materials.ipynb #00d267da
 def table_facts(recipe: Recipe, *names: str) -> Facts:
     "The settings of tables by their full names, but for paths and bookkeeping."
-    ignored = ("seed", "source", "save_every", "keep")
+    ignored = ("seed", "source", *UNCOMPARED)
     facts: Facts = {}
     for name in names:
         settings = asdict(recipe[name])

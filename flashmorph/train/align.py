@@ -149,6 +149,11 @@ class AlignConfig(FitConfig):
     optimizer: str = setting("muon", choices=tuple(RATES))
     relative: bool = True
 
+    def check(self) -> None:
+        if not self.recompute: return
+        raise ValueError("align.recompute: the gradients of stage 1 stay within a layer, so none "
+                         "has to run again; leave it out")
+
 # %% ../../nbs/46_train.align.ipynb #b788a40e
 def with_schedule(config: AlignConfig) -> AlignConfig:
     "The settings with rate and warm-up, where none was given; the warm-up ends with the steps."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..data.batches import Batches
+from ..model.recompute import recomputing
 from ..ops.meter import PeakMemory
 from ..results import amount
 from ..folder import Run, plain_name
@@ -277,10 +278,11 @@ def fit(
     checkpoint, a log or rows that do not fit and if another process uses the run, `OSError` if
     saving fails, `MemoryError` with advice, `KeyboardInterrupt` after a clean stop; in each case
     the last checkpoint stays."""
+    again = recomputing(objective) if config.recompute else contextlib.nullcontext()
     place = None if run is None else Run(run)
     state = State(objective, data, config, plain_name(stage), place)
     heard = list(callbacks) if state.acc.is_main_process else []
-    with place.lock() if place and state.writes else contextlib.nullcontext():
+    with again, place.lock() if place and state.writes else contextlib.nullcontext():
         if place:
             if state.writes: place.start()
             state.facts = all_facts(objective, data, config, stage, facts or {})

@@ -33,6 +33,7 @@ class FitConfig(Settings):
     weight_decay: float = setting(0.0, low=0, high=1000)
     clip: float | None = setting(1.0, above=0)                  # largest gradient norm
     accumulate: int = setting(1, low=1, high=10**6)             # batches a step
+    recompute: bool = False             # layers run again in the backward pass, for less memory
     precision: str | None = setting(None, choices=(None, "no", "bf16"))     # None: bf16 if it can
     seed: int = setting(0, low=0, high=2**31 - 1)
     save_every: int = setting(100, low=1, high=MOST)            # steps between checkpoints

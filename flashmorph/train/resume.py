@@ -19,7 +19,7 @@ __all__ = ['UNCOMPARED', 'BITS', 'fingerprint', 'facts_of', 'check_facts', 'Trac
            'optimizer_tensors', 'load_optimizer', 'check_finite']
 
 # %% ../../nbs/40_train.resume.ipynb #3a27d57e
-UNCOMPARED = ("keep", "save_every")         # how often to save changes no result
+UNCOMPARED = ("keep", "save_every", "recompute")        # they change no result
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
