@@ -96,7 +96,7 @@ REAL = Sizes(
     op_shape={"B": 1, "H": 16, "D": 128},
     shapes={"Qwen3-0.6B": QWEN | {"hidden_size": 1024, "intermediate_size": 3072},
             "Qwen3-1.7B": QWEN | {"hidden_size": 2048, "intermediate_size": 6144}},
-    stage_lengths=(4096, 16384), stage_steps=5, start_tokens=25_000,
+    stage_lengths=(4096, 16384), stage_steps=5, start_tokens=4_000,
     prompts=(8192, 32768, 131_072, 524_288), chunk=2048, decoded=32,
     align_tokens=10_000_000, align_batch=32, row=512, gate_steps=100, held_books=64, keys=3,
     budgets=(22, 16, 10),
@@ -515,8 +515,8 @@ def align_for_real(job: Job, model: Any, tokenizer: Any, steps: int) -> dict[str
     size = job.sizes
     began = time.perf_counter()
     # the start reads rows of its own
-    start = min(25_000, size.align_tokens)
-    first = start // size.row + 2 * size.align_batch
+    start = min(4_000, size.align_tokens)
+    first = start // size.row + 3 * size.align_batch
     rows = training_rows(job, tokenizer, steps * size.align_batch + first + 8)
     made = time.perf_counter() - began
     held, rows = rows[:8], rows[8:]

@@ -53,7 +53,8 @@ class AlignBench(AlignConfig):
     @property
     def rows(self) -> int:
         "How many rows a training needs at most."
-        before = math.ceil(self.start_tokens / self.length) + self.batch_size
+        # the start reads whole batches, two at least
+        before = max(math.ceil(self.start_tokens / self.length), self.batch_size) + self.batch_size
         return before + self.steps * self.batch_size
 
 # %% ../../nbs/55_measure.learning.ipynb #f21ee392
@@ -64,7 +65,7 @@ class Curve(Callback):
         self.ids = torch.stack([row["input_ids"] for row in rows]).to(model.device)
         self.points: list[dict[str, float]] = []
         self.so_far = FitResult("align", 0, 0, 0.0)
-        self.own = 0.0                                      # seconds spent on measuring
+        self.own = 0.0                  # seconds of measuring that the training counts as its own
 
     def start(self, stage: str, config: FitConfig, events: list[dict[str, Any]]) -> None:
         self.measure()
@@ -72,15 +73,17 @@ class Curve(Callback):
     def spent(self, so_far: FitResult) -> None: self.so_far = so_far
 
     def step(self, event: dict[str, Any]) -> None:
-        last = event["step"] == self.settings.steps
-        if last or event["step"] % self.settings.every == 0: self.measure()
+        step = event["step"]
+        if step % self.settings.every and step != self.settings.steps: return
+        began = time.perf_counter()
+        self.measure()
+        # the clock of a training stands still until its first step
+        if step: self.own += time.perf_counter() - began
 
     def measure(self) -> None:
-        seconds = max(0.0, self.so_far.seconds - self.own)
-        began = time.perf_counter()
+        seconds = self.so_far.seconds - self.own
         point = {"tokens": self.so_far.tokens, "seconds": round(seconds, 2)}
         self.points.append({**point, "error": round(self.error(), 5)})
-        self.own += time.perf_counter() - began
 
     @torch.no_grad()
     def error(self) -> float:
@@ -115,11 +118,12 @@ def reached(points: list[dict[str, float]], error: float) -> dict[str, float] | 
 
 # %% ../../nbs/55_measure.learning.ipynb #e40af9fb
 def milestones(curves: dict[str, list[dict[str, float]]]) -> list[tuple[str, dict[str, float]]]:
-    "The points that say most: of each way the first, the last, and where it is as good as `PLAIN`."
+    "Of each way its point after the start, its last, and the first as good as the last of `PLAIN`."
     goal = curves[PLAIN][-1]["error"]
     found: list[tuple[str, dict[str, float]]] = []
     for way, points in curves.items():
-        for point in (points[1], reached(points, goal), points[-1]):
+        start = points[WAYS[way]["start"] != "copy"]        # a copy is there before any token
+        for point in (start, reached(points, goal), points[-1]):
             if point is not None and (way, point) not in found: found.append((way, point))
     return found
 

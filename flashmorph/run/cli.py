@@ -249,7 +249,7 @@ def bench_align(
         "--set", metavar="KEY=VALUE", help="A setting of the training, e.g. steps=50.")] = None,
     file: Json = None,
 ) -> None:
-    "The error of linear branches over the tokens of stage 1, from either start."
+    "The error of linear branches over the tokens of stage 1, in three ways."
     from flashmorph.measure.learning import bench_align as run_bench, learning_lines
     from flashmorph.run.recipe import changed
     with plain_errors():

@@ -60,7 +60,7 @@ class Conversion:
     def train(self, stage: str, function: Callable, *inputs: Any, **more: Any) -> Any:
         "Call the `function` of a stage, with `more` facts; a finished stage is only loaded."
         facts = {**self.facts[stage], **more}
-        self.ledger.begin(stage, facts)
+        facts = self.ledger.begin(stage, facts)
         self.run.check_intact()
         # the settings of `distill-uniform` are those of the table `distill`
         table = stage.split("-")[0]

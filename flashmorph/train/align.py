@@ -29,8 +29,8 @@ __all__ = ['RATES', 'MuonAdamW', 'split_matrices', 'vocabulary', 'AlignObjective
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for `matrices`, AdamW for all `others`, as one optimizer.
 
-    Muon's steps are given the size of AdamW's (arXiv 2502.16982), so one `lr` serves both. The
-    first of `betas`, which are AdamW's, is also Muon's momentum."""
+    Muon's steps are scaled to the size that AdamW's have (arXiv 2502.16982), and both follow one
+    `lr`. The first of `betas`, which are AdamW's, is also Muon's momentum."""
     def __init__(
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float,
         betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0,
@@ -58,6 +58,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 # %% ../../nbs/46_train.align.ipynb #790e4ec1
+RATES = {"muon": 2e-2, "adamw": 1e-3}       # learning rates
+
+
 def split_matrices(
     module: nn.Module, parameters: Iterable[nn.Parameter]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -85,9 +88,11 @@ class AlignObjective(Objective):
     has both branches."""
     def __init__(
         self, model: MorphableModel, relative: bool = True, start_tokens: int = 0,
-        steps_by: str = "muon",
+        steps_by: str = "adamw",
     ):
         super().__init__()
+        if steps_by not in RATES:
+            raise ValueError(f"steps_by: expected one of {sorted(RATES)}, got {steps_by!r}")
         if not isinstance(model, MorphableModel):
             raise TypeError(f"expected a morphable model (see morph), got {type(model).__name__}")
         self.model, self.relative = model, relative
@@ -124,18 +129,15 @@ class AlignObjective(Objective):
         return {k: v for k, v in super().frozen().items() if not k.endswith(".alpha")}
 
 # %% ../../nbs/46_train.align.ipynb #d6d8b146
-RATES = {"muon": 2e-2, "adamw": 1e-3}
-
-
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(FitConfig):
     """Settings of stage 1: those of `FitConfig`, the start, the optimizer, and the loss.
 
     `start` is `"least-squares"` (see the chapter before; from `start_tokens` tokens, which come
     before those of the steps) or `"copy"`: the teacher's projections as they are. `optimizer` is
-    `"muon"` (`MuonAdamW`) or `"adamw"`. Without `lr` the rate is 2e-2 for Muon and 1e-3 for AdamW;
-    without `warmup` a tenth of the steps are, 50 at most. `relative`: errors are divided by the
-    energy of their target.
+    `"muon"` (`MuonAdamW`) or `"adamw"`. Without `lr` the rate is 2e-2 for Muon and 1e-3 for AdamW,
+    and less for fewer than ten steps; without `warmup` a tenth of the steps are warm-up, 50 at
+    most. `relative`: errors are divided by the energy of their target.
 
     The public recipe (arXiv 2601.22156) is `start="copy", optimizer="adamw"`: AdamW(0.9, 0.95),
     cosine from 1e-3 to 1e-5, clip 1."""
@@ -157,7 +159,10 @@ class AlignConfig(FitConfig):
 # %% ../../nbs/46_train.align.ipynb #b788a40e
 def with_schedule(config: AlignConfig) -> AlignConfig:
     "The settings with rate and warm-up, where none was given; the warm-up ends with the steps."
-    lr = RATES[config.optimizer] if config.lr is None else config.lr
+    lr = config.lr
+    if lr is None:
+        # a few steps at the full rate would lead away from the start
+        lr = RATES[config.optimizer] * min(max(config.steps, 1), 10) / 10
     warmup = min(config.steps // 10, 50) if config.warmup is None else config.warmup
     return replace(config, lr=lr, warmup=min(warmup, config.steps))
 

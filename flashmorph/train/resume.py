@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['UNCOMPARED', 'BITS', 'fingerprint', 'facts_of', 'check_facts', 'Trace', 'check_events', 'is_number',
+__all__ = ['UNCOMPARED', 'BITS', 'EARLIER', 'fingerprint', 'facts_of', 'check_facts', 'Trace', 'check_events', 'is_number',
            'optimizer_tensors', 'load_optimizer', 'check_finite']
 
 # %% ../../nbs/40_train.resume.ipynb #3a27d57e
@@ -40,12 +40,17 @@ def facts_of(config: Settings, stage: str, **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in facts.items() if k not in UNCOMPARED}))
 
 # %% ../../nbs/40_train.resume.ipynb #a04fe902
+EARLIER = {"optimizer": "adamw"}            # what stages did before they had the setting
+
+
 def check_facts(
     path: Path, before: Mapping[str, Any], now: Mapping[str, Any], strict: bool = True
 ) -> None:
     """Raise `ValueError`, with the differences, if two trainings do not share their facts.
 
     Unless `strict`, only facts known before are compared: the first edition knew fewer."""
+    later = {name: value for name, value in EARLIER.items() if name in now}
+    before = later | dict(before)
     keys = before.keys() | now.keys() if strict else before.keys()
     changed = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
