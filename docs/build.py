@@ -204,6 +204,7 @@ def api_page(book: list[Notebook]) -> str:
 
 SIGNATURE = re.compile(r'<dt class="sig.*?</dt>', re.DOTALL)
 UNCOLOURED = re.compile(r'<span class="(?:pre|p|w)">([^<]*)</span>')
+INLINE = re.compile(r'<span class="pre">([^<]*)</span>')       # a word of code in prose
 
 
 def bare(signature: str) -> str:
@@ -220,7 +221,7 @@ def light(page: str) -> str:
     page = SYMBOL.sub(lambda icon: icon[0] if f"#{icon[1]}" in page else "", page)
     page = SIGNATURE.sub(lambda found: bare(found[0]), page)
     pieces = VERBATIM.split(page)
-    pieces[::2] = [re.sub(r"\s*\n\s*", "\n", piece) for piece in pieces[::2]]
+    pieces[::2] = [re.sub(r"\s*\n\s*", "\n", INLINE.sub(r"\1", piece)) for piece in pieces[::2]]
     return "".join(pieces)
 
 
