@@ -61,17 +61,12 @@ class Ledger:
         if changes and self.begun(stage):
             raise ValueError(would_be_again(self.run, stage, changes))
 
-    def begin(self, stage: str, facts: Facts) -> Facts:
-        """Check the facts of a stage, and record them before the stage is run.
-
-        Returns what is recorded. A stage that has begun keeps its facts: a later edition, with
-        more settings, goes on with them."""
+    def begin(self, stage: str, facts: Facts) -> None:
+        "Check the facts of a stage, and record them before the stage is run."
         self.check(stage, facts)
-        if stage in self.stages and self.begun(stage): return self.stages[stage]
-        if self.stages.get(stage) != facts:
-            self.stages[stage] = facts
-            self.write()
-        return facts
+        if self.stages.get(stage) == facts: return
+        self.stages[stage] = facts
+        self.write()
 
 # %% ../nbs/05_ledger.ipynb #b80fabd9
 def check_choice(there: Selection, ours: Selection, run: Run) -> Selection:

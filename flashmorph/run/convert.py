@@ -23,7 +23,7 @@ from ..model.morph import MorphableModel, morph
 from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
 from .materials import (
-    Materials, check_materials, recipe_facts, short_hash, stage_facts)
+    Materials, check_materials, digest_of, recipe_facts, stage_facts)
 from .recipe import Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths
 from ..selection import Selection
 from ..show.report import write_report
@@ -60,13 +60,12 @@ class Conversion:
     def train(self, stage: str, function: Callable, *inputs: Any, **more: Any) -> Any:
         "Call the `function` of a stage, with `more` facts; a finished stage is only loaded."
         facts = {**self.facts[stage], **more}
-        facts = self.ledger.begin(stage, facts)
+        self.ledger.begin(stage, facts)
         self.run.check_intact()
         # the settings of `distill-uniform` are those of the table `distill`
         table = stage.split("-")[0]
         settings = replace(self.recipe[table], seed=self.recipe.seed)
-        digest = short_hash(json.dumps(facts, sort_keys=True))
-        known = {"stage": stage, "facts": {"facts": digest}}
+        known = {"stage": stage, "facts": {"facts": digest_of(facts)}}
         result = function(*inputs, settings, run=self.run, resume=True, **known, **self.options)
         self.seconds[stage] = self.spending.stages[stage]["seconds"]
         return result

@@ -20,11 +20,12 @@ from ..model.teacher import check_length, load_teacher
 from .recipe import SIZES, TABLES, Recipe, recipe_toml
 from ..selection import budget_or_quarter
 from ..store import checksum
-from ..train.resume import UNCOMPARED
+from ..train.resume import UNCOMPARED, as_earlier
 
 # %% auto #0
-__all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'short_hash', 'model_fingerprint',
-           'table_facts', 'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'stage_facts']
+__all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'short_hash', 'digest_of',
+           'model_fingerprint', 'table_facts', 'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts',
+           'made_facts', 'stage_facts']
 
 # %% ../../nbs/81_run.materials.ipynb #f1406d86
 class Materials:
@@ -95,6 +96,11 @@ def check_materials(materials: Materials) -> None:
 def short_hash(*texts: str) -> str:
     "The first 16 hexadecimal digits of the SHA-256 of all texts together."
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+
+def digest_of(facts: Facts) -> str:
+    "A short hash of the facts of a stage, which settings of later editions leave as it was."
+    return short_hash(json.dumps(as_earlier(facts), sort_keys=True))
 
 # %% ../../nbs/81_run.materials.ipynb #bbb12022
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['UNCOMPARED', 'BITS', 'EARLIER', 'fingerprint', 'facts_of', 'check_facts', 'Trace', 'check_events', 'is_number',
-           'optimizer_tensors', 'load_optimizer', 'check_finite']
+__all__ = ['UNCOMPARED', 'BITS', 'EARLIER', 'fingerprint', 'facts_of', 'as_earlier', 'check_facts', 'Trace', 'check_events',
+           'is_number', 'optimizer_tensors', 'load_optimizer', 'check_finite']
 
 # %% ../../nbs/40_train.resume.ipynb #3a27d57e
 UNCOMPARED = ("keep", "save_every", "recompute")        # they change no result
@@ -41,6 +41,15 @@ def facts_of(config: Settings, stage: str, **more: Any) -> dict[str, Any]:
 
 # %% ../../nbs/40_train.resume.ipynb #a04fe902
 EARLIER = {"optimizer": "adamw"}            # what stages did before they had the setting
+
+
+def as_earlier(facts: Mapping[str, Any]) -> dict[str, Any]:
+    "Facts, `align.optimizer` or `optimizer`, without settings that only say what was always done."
+    plain = {**facts}
+    for name, value in facts.items():
+        setting = name.split(".")[-1]
+        if setting in EARLIER and value == EARLIER[setting]: del plain[name]
+    return plain
 
 
 def check_facts(
