@@ -515,7 +515,7 @@ def align_for_real(job: Job, model: Any, tokenizer: Any, steps: int) -> dict[str
     size = job.sizes
     began = time.perf_counter()
     # the start reads rows of its own
-    start = min(4_000, size.align_tokens)
+    start = min(size.start_tokens, size.align_tokens)
     first = start // size.row + 3 * size.align_batch
     rows = training_rows(job, tokenizer, steps * size.align_batch + first + 8)
     made = time.perf_counter() - began

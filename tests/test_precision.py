@@ -146,7 +146,7 @@ def test_every_family_has_its_closed_form(family):
     with torch.no_grad(), full_pass(model), after_each(model.layers[2:3], keep):
         for batch in batches: model.hidden(batch["input_ids"])
     before = model.alignment_losses(batches[0]["input_ids"], relative=True)
-    start = weight_of(rows["projection"]).detach()
+    start = weight_of(rows["projection"])
     found = least_squares(model, iter(batches), tokens=12 * 4 * 23)
     after = model.alignment_losses(batches[0]["input_ids"], relative=True)
     assert (after < before).all()

@@ -4,6 +4,7 @@ import contextlib
 import pytest
 import torch
 from families import FAMILIES, VARIANTS, teacher, tokens
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import flashmorph as fm
 from flashmorph.model.recompute import recomputing
@@ -43,17 +44,30 @@ def test_every_family_keeps_less(family):
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)
 
 
+class Watch(fm.Callback):
+    "Notes after each step which decoder layers of `model` run again."
+    def __init__(self, model):
+        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.seen = []
+
+    def step(self, event):
+        self.seen += [layer.gradient_checkpointing and layer.training for layer in self.layers]
+
+
 def trained(stage, recompute):
     "The losses of a stage, and the weights that it leaves."
     model = fm.morph(teacher("llama"))
-    more = STEPS | {"recompute": recompute}
+    if stage != "gates": model = model.commit([1])
+    watch = Watch(model)
+    more = STEPS | {"recompute": recompute, "callbacks": [watch]}
     if stage == "gates":
         run = fm.train_gates(model, ROWS, **more)
+        assert watch.seen == [recompute] * 3 * 4
         return run.losses, run.trajectory
-    hybrid = model.commit([1])
-    if stage == "distill": result = fm.distill(hybrid, teacher("llama"), ROWS, **more)
-    else: result = fm.finetune(hybrid, ROWS, **more)
-    return result.losses, torch.cat([p.detach().flatten() for p in hybrid.parameters()])
+    if stage == "distill": result = fm.distill(model, teacher("llama"), ROWS, **more)
+    else: result = fm.finetune(model, ROWS, **more)
+    assert watch.seen == [recompute] * 3 * 4
+    return result.losses, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("stage", ["gates", "distill", "finetune"])

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.pytorch_utils import Conv1D
 from .cost import (
     STRAIGHT, CostModel, meta_model, projection_sizes, visible_pairs)
 from ..model.hosts import attention_modules
 from ..model.mixers import MixerDims
+from ..train.least_squares import linear_layers
 from ..train.objective import Callback, FitResult
 
 # %% auto #0
@@ -60,8 +60,7 @@ def muon_flops(*modules: nn.Module) -> int:
     "FLOPs of one step of Muon for the weights of all linear layers in `modules`."
     total = 0
     for module in modules:
-        for layer in module.modules():
-            if not isinstance(layer, (nn.Linear, Conv1D)): continue
+        for layer in linear_layers(module):
             small, large = sorted(layer.weight.shape)
             total += 5 * (4 * small**2 * large + 2 * small**3)
     return total

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from ..data.batches import check_tokens, real_tokens
 from ..folder import Run
 from ..model.logits import host_of
 from ..model.morph import MorphableModel
 from ..settings import setting, takes
 from .fit import fit
-from .least_squares import least_squares
+from .least_squares import least_squares, linear_layers
 from flashmorph.train.objective import (
     MOST, Callback, FitConfig, FitResult, Objective, Total, flags_kept, stage_settings,
 )
@@ -65,8 +64,7 @@ def split_matrices(
     module: nn.Module, parameters: Iterable[nn.Parameter]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     "The parameters that are weights of linear layers in `module`, and all others."
-    linear = [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    weights = {id(m.weight) for m in linear}
+    weights = {id(layer.weight) for layer in linear_layers(module)}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in parameters:

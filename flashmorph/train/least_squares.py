@@ -17,8 +17,8 @@ from ..model.morph import MorphableModel, full_pass
 from .objective import Total
 
 # %% auto #0
-__all__ = ['RIDGES', 'HELD_OUT', 'Moments', 'added', 'best_multiple', 'ridge_solution', 'best_ridge', 'Traced', 'run_traced',
-           'with_one', 'weight_of', 'assign', 'Gatherer', 'gather', 'least_squares']
+__all__ = ['RIDGES', 'HELD_OUT', 'Moments', 'added', 'best_multiple', 'ridge_solution', 'best_ridge', 'linear_layers', 'Traced',
+           'run_traced', 'with_one', 'weight_of', 'assign', 'Gatherer', 'gather', 'least_squares']
 
 # %% ../../nbs/45_train.least_squares.ipynb #fbaf7e74
 class Moments:
@@ -83,6 +83,11 @@ def best_ridge(fitted: Moments, held: Moments, near: Tensor) -> tuple[float, flo
     return ridge, errors[ridge]
 
 # %% ../../nbs/45_train.least_squares.ipynb #f2b70143
+def linear_layers(module: nn.Module) -> list[Any]:
+    "The linear layers in a module, those of GPT-2 among them."
+    return [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
+
+
 @dataclass
 class Traced:
     "The linear layer that made the output of a branch, and what it was given, `(B, T, D)`."
@@ -99,8 +104,8 @@ def run_traced(branch: LinearAttention, args: tuple, kwargs: dict[str, Any]) -> 
     def keep(module: nn.Module, given: tuple, output: Any) -> None:
         calls.append((module, given[0] if given else None, output))
 
-    linear = [m for m in branch.attn.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    handles = [m.register_forward_hook(keep) for m in [*linear, branch.attn]]
+    hooked = [*linear_layers(branch.attn), branch.attn]
+    handles = [m.register_forward_hook(keep) for m in hooked]
     try: branch(*args, **kwargs)
     finally:
         for handle in handles: handle.remove()
