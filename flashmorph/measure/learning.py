@@ -31,13 +31,12 @@ class AlignBench(AlignConfig):
     """What `bench_align` trains: settings of `AlignConfig`, and rows of `length` tokens.
 
     A share of the rows are `passkeys`; every `every` steps the error of `held_out` rows is
-    measured. `start` and `optimizer` are those of `WAYS`. `lr` is Muon's rate and `adamw_lr` that
-    of AdamW (3e-3: the best of 1e-3, 3e-3 and 8e-3). `ValueError` for a setting that cannot
-    work."""
+    measured. `start` and `optimizer` are those of `WAYS`. `lr` is Muon's rate, `adamw_lr` that of
+    AdamW. `ValueError` for a setting that cannot work."""
     table = ""
     steps: int = setting(100, low=1)
     batch_size: int = setting(4, low=1)
-    adamw_lr: float = setting(3e-3, above=0)
+    adamw_lr: float = setting(8e-3, above=0)
     length: int = setting(256, low=2)
     every: int = setting(5, low=1)
     held_out: int = setting(16, low=1)
