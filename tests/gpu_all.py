@@ -512,10 +512,11 @@ def align_for_real(job: Job, model: Any, tokenizer: Any, steps: int) -> dict[str
     import torch
 
     import flashmorph as fm
+    from flashmorph.train.align import AlignConfig
     size = job.sizes
     began = time.perf_counter()
     # the start reads rows of its own
-    start = min(size.start_tokens, size.align_tokens)
+    start = min(AlignConfig().start_tokens, size.align_tokens)
     first = start // size.row + 3 * size.align_batch
     rows = training_rows(job, tokenizer, steps * size.align_batch + first + 8)
     made = time.perf_counter() - began
