@@ -3,6 +3,8 @@
 The notebooks are shown with the outputs they carry; nothing is run. nbdev's filter reads the
 directives and drops what is hidden, `api.py` describes what is exported, and Sphinx with MyST-NB
 and Furo does the rest (`conf.py`)."""
+import base64
+import gzip
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import plotly
 from api import Index
 from execnb.nbio import mk_cell, read_nb, write_nb
 from execute import is_bar
@@ -232,6 +235,12 @@ def lighten() -> None:
         file.write_text(light(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
+def packed(script: Path) -> str:
+    "A script that holds the text of another as base64 of gzip's bytes; site.js unpacks it."
+    small = gzip.compress(script.read_bytes(), mtime=0)
+    return f'const packedPlotly = "{base64.b64encode(small).decode()}";\n'
+
+
 def main() -> int:
     for folder in (WORK, SITE): shutil.rmtree(folder, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -244,8 +253,11 @@ def main() -> int:
     write_nb(index, WORK / "index.ipynb")
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
     failed = subprocess.call([*sphinx, "-c", DOCS, "-d", WORK / ".doctrees", WORK, SITE])
-    if not failed: lighten()
-    return failed
+    if failed: return failed
+    lighten()
+    script = Path(plotly.__file__).parent / "package_data/plotly.min.js"
+    (SITE / "_static/packed_plotly.js").write_text(packed(script), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -3,7 +3,6 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-import plotly
 from docutils import nodes
 from latex2mathml.converter import convert
 from pygments.formatters import HtmlFormatter
@@ -35,7 +34,7 @@ toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = project
-html_static_path = ["_static", str(Path(plotly.__file__).parent / "package_data/plotly.min.js")]
+html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_logo = "_static/logo.svg"

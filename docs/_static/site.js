@@ -1,7 +1,7 @@
 // @ts-check
-// Draws the figures of a page with the local plotly.min.js, loaded only where there are any.
+// Draws the figures of a page with the local packed_plotly.js, loaded only where there are any.
 
-/** Address of this script: plotly.min.js lies beside it. */
+/** Address of this script: packed_plotly.js lies beside it. */
 const here = /** @type {HTMLScriptElement} */ (document.currentScript).src;
 
 /** What every figure is shown with, unless it asks for something else. */
@@ -13,8 +13,18 @@ const CONFIG = { responsive: true, displaylogo: false, showSendToCloud: false };
  */
 function draw(element) {
   const { data, layout, frames, config } = JSON.parse(element.textContent ?? "");
-  // @ts-expect-error: Plotly is defined by plotly.min.js
+  // @ts-expect-error: Plotly is defined by the script of `unpacked`
   Plotly.newPlot(element, { data, layout, frames, config: { ...CONFIG, ...config } });
+}
+
+/**
+ * The text that `packed` of docs/build.py made small.
+ * @param {string} text gzip's bytes as base64
+ */
+function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(plain).text();
 }
 
 /** Load plotly, then draw every figure of the page. */
@@ -23,8 +33,14 @@ function drawAll() {
   const figures = document.querySelectorAll("div.figure");
   if (!figures.length) return;
   const script = document.createElement("script");
-  script.src = new URL("plotly.min.js", here).href;
-  script.onload = () => figures.forEach(draw);
+  script.src = new URL("packed_plotly.js", here).href;
+  script.onload = async () => {
+    const plotly = document.createElement("script");
+    // @ts-expect-error: packedPlotly is defined by packed_plotly.js
+    plotly.textContent = await unpacked(packedPlotly);
+    document.head.append(plotly);
+    figures.forEach(draw);
+  };
   document.head.append(script);
 }
 
