@@ -4,17 +4,17 @@
 
 # %% ../nbs/05_ledger.ipynb #4184e4fa
 from __future__ import annotations
-import json
+import hashlib, json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 import torch
 from .folder import Run
 from .selection import Selection
-from .store import read_json, write_aside
+from .store import checksum, read_json, write_aside
 
 # %% auto #0
-__all__ = ['Facts', 'differences', 'would_be_again', 'Ledger', 'check_choice', 'chosen', 'scores_in', 'read_scores',
-           'check_finite', 'check_finished', 'is_finished', 'adopt']
+__all__ = ['Facts', 'differences', 'short_hash', 'model_fingerprint', 'would_be_again', 'Ledger', 'check_choice', 'chosen',
+           'scores_in', 'read_scores', 'check_finite', 'check_finished', 'is_finished', 'adopt']
 
 # %% ../nbs/05_ledger.ipynb #419d289f
 Facts = dict[str, Any]
@@ -29,6 +29,21 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     said = [f"{name}: {then[name]!r} then, {now[name]!r} now" for name in names[:4]]
     more = " ..." if len(names) > 4 else ""
     return "; ".join(said) + more
+
+# %% ../nbs/05_ledger.ipynb #fe7505fe
+def short_hash(*texts: str) -> str:
+    "The first 16 hexadecimal digits of the SHA-256 of all texts together."
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+
+# %% ../nbs/05_ledger.ipynb #d7b2de8b
+def model_fingerprint(model: Any) -> str:
+    "A short hash of the weights of a model of transformers and of its configuration."
+    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    config = model.config.to_diff_dict()
+    # where a model lies, and which library wrote it, changes nothing
+    for name in ("_name_or_path", "transformers_version"): config.pop(name, None)
+    written = json.dumps(config, sort_keys=True, default=str)
+    return short_hash(checksum(weights), written)
 
 # %% ../nbs/05_ledger.ipynb #501c17ce
 def would_be_again(run: Run, stage: str, changes: str) -> str:

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/81_run.materials.ipynb #d6b70ffa
 from __future__ import annotations
-import hashlib, json
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -13,19 +13,17 @@ from ..data.mixture import Mixture, fingerprint
 from ..data.passkeys import Passkeys, passkeys
 from ..data.files import SourceConfig
 from ..data.text import text, tokenizer_fingerprint
-from ..ledger import Facts
+from ..ledger import Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
 from ..model.layers import check_full
 from ..model.teacher import check_length, load_teacher
 from .recipe import SIZES, TABLES, Recipe, recipe_toml
 from ..selection import budget_or_quarter
-from ..store import checksum
 from ..train.resume import UNCOMPARED, as_earlier
 
 # %% auto #0
-__all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'short_hash', 'digest_of',
-           'model_fingerprint', 'table_facts', 'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts',
-           'made_facts', 'stage_facts']
+__all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of', 'table_facts',
+           'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'stage_facts']
 
 # %% ../../nbs/81_run.materials.ipynb #f1406d86
 class Materials:
@@ -93,24 +91,9 @@ def check_materials(materials: Materials) -> None:
     for stream in streams(materials): next(iter(stream))
 
 # %% ../../nbs/81_run.materials.ipynb #3d9f3eb8
-def short_hash(*texts: str) -> str:
-    "The first 16 hexadecimal digits of the SHA-256 of all texts together."
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
-
-
 def digest_of(facts: Facts) -> str:
     "A short hash of the facts of a stage, which settings of later editions leave as it was."
     return short_hash(json.dumps(as_earlier(facts), sort_keys=True))
-
-# %% ../../nbs/81_run.materials.ipynb #bbb12022
-def model_fingerprint(model: PreTrainedModel) -> str:
-    "A short hash of the weights of a model and of its configuration."
-    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    config = model.config.to_diff_dict()
-    # where a model lies, and which library wrote it, changes nothing
-    for name in ("_name_or_path", "transformers_version"): config.pop(name, None)
-    written = json.dumps(config, sort_keys=True, default=str)
-    return short_hash(checksum(weights), written)
 
 # %% ../../nbs/81_run.materials.ipynb #00d267da
 def table_facts(recipe: Recipe, *names: str) -> Facts:
