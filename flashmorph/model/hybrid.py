@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from .cache import CACHE_NAMES, cache_name, find_cache, linear_slot
+from .growing import grow
 from .hosts import attention_sites
 from .layers import adapt_full, hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
@@ -108,9 +109,10 @@ class HybridConfig(_View):
 
 # %% ../../nbs/34_model.hybrid.ipynb #6e0ff14a
 def _adopt(cache: Any, linear_layers: list[int]) -> None:
-    "Give each linear layer its slot in `cache`, if there is a cache."
-    if cache is not None:
-        for i in linear_layers: linear_slot(cache, i)
+    "Give each linear layer its slot in `cache`, and full layers room ahead, if there is a cache."
+    if cache is None: return
+    grow(cache)
+    for i in linear_layers: linear_slot(cache, i)
 
 # %% ../../nbs/34_model.hybrid.ipynb #8e41bf55
 def _check_loaded(info: dict[str, Any]) -> None:
