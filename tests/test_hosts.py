@@ -8,11 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from families import FAMILIES, close, shake, teacher, tokens
-from flashmorph.model import hosts, layers
+from flashmorph.model import hosts, layers, parts
 from flashmorph.model.cache import StateLayer
 from flashmorph.model.mixers import Lightning, MixerDims, make_mixer
 from flashmorph.model.morph import morph
 from flashmorph.ops import reference
+from probe_families import padded
+from tiny_models import tiny_model
 
 family = pytest.mark.parametrize("name", list(FAMILIES))
 SMALL = dict(
@@ -290,11 +292,6 @@ def test_hook_is_set_once():
 
 def test_refused_inputs():
     model, ids = linear("qwen3"), tokens(B=1)[0]
-    packed = torch.cat([torch.arange(10), torch.arange(13)])[None]
-    with pytest.raises(ValueError, match="packed"):
-        model(ids, position_ids=packed, use_cache=False)
-    with pytest.raises(ValueError, match="packed"):
-        model(ids, cu_seq_lens_q=torch.tensor([0, 10, 23]), use_cache=False)
     with pytest.raises(ValueError, match=r"\(B, T\) tensor"):
         model(ids, attention_mask=torch.ones(1, 1, 23, 23))
     with pytest.raises(TypeError, match="linear_mask"):
@@ -302,6 +299,84 @@ def test_refused_inputs():
     cache = teacher("qwen3")(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds keys and values"):
         model(ids[:, :1], past_key_values=cache)
+
+
+# Documents of a row: restart, jump ahead, and the two ways to say it in so many words.
+PACKED = {
+    "restart": dict(position_ids=torch.cat([torch.arange(10), torch.arange(13)])[None]),
+    "jump": dict(position_ids=torch.cat([torch.arange(10), torch.arange(20, 33)])[None]),
+    "lengths": dict(cu_seq_lens_q=torch.tensor([0, 10, 23])),
+    "indices": dict(seq_idx=torch.tensor([10 * [0] + 13 * [1]])),
+}
+
+
+@pytest.mark.parametrize("how", list(PACKED))
+def test_packed_rows_are_refused(how):
+    model, ids = linear("llama"), tokens(B=1)[0]
+    with pytest.raises(ValueError, match="packed rows"):
+        model(ids, **PACKED[how], use_cache=False)
+
+
+@pytest.mark.parametrize("how", ["restart", "jump"])
+def test_packed_rows_are_refused_in_compiled_code(how):
+    "Values cannot be looked at while compiling, but an operation looks when it runs (problem 6)."
+    model, ids = linear("llama"), tokens(B=1)[0]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    plain = dict(position_ids=torch.arange(23)[None])
+    with torch.no_grad():
+        close(compiled(ids, **plain, use_cache=False).logits, model(ids).logits)
+        with pytest.raises(ValueError, match="packed rows"):
+            compiled(ids, **PACKED[how], use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["gpt_bigcode", "ctrl", "llama", "gpt2"])
+@pytest.mark.parametrize("given", [True, False])
+def test_padding_does_not_count_as_position(name, given):
+    """Of logits that grow with the position (problem 7), whether the caller names positions or not.
+    The weights of the first two families learn positions, so there they must be named."""
+    model = tiny_model(name)
+    for _, attn in hosts.attention_modules(model):
+        parts.adapt_full(attn, logit_scale=3.0)
+    layers.hand_mask_down(model)
+    ids = torch.randint(6, 151, (1, 20), generator=torch.Generator().manual_seed(1))
+    rows = padded(ids)
+    if not given and name == "llama":
+        del rows["position_ids"]
+    with torch.no_grad():
+        close(model(**rows).logits[:, 7:], model(ids).logits, 1e-4)
+        assert (model(ids).logits - tiny_model(name)(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "llama4_text"])
+def test_complex_rotary_embeddings_can_be_left_out(name):
+    "With the rotation left out, positions mean nothing; with it they do."
+    for rope in (True, False):
+        model = tiny_model(name)
+        for _, attn in hosts.attention_modules(model):
+            parts.adapt_full(attn, rope=rope)
+        ids = torch.randint(6, 151, (1, 5), generator=torch.Generator().manual_seed(1))
+        real = torch.ones_like(ids)
+        with torch.no_grad():
+            a, b = (
+                model(ids, real, position_ids=step * torch.arange(5)[None], use_cache=False).logits
+                for step in (1, 3)
+            )
+        assert torch.equal(a, b) != rope
+
+
+def test_learned_positions_cannot_be_left_out():
+    with pytest.raises(ValueError, match="GPT2Attention has no rotary embedding.*keep rope=True"):
+        morph(teacher("gpt2"), rope=False)
+
+
+def test_heads_are_expanded_beside_a_norm_without_weights():
+    model = tiny_model("nanochat")
+    narrow, wide = morph(model), morph(model, expand_kv=True)
+    ids = torch.randint(6, 151, (1, 20), generator=torch.Generator().manual_seed(1))
+    for one in (narrow, wide):
+        one.gates = 0.0
+    with torch.no_grad():
+        close(wide(ids).logits, narrow(ids).logits, 1e-4)
 
 
 def test_backward_through_a_cache():

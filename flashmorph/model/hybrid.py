@@ -18,9 +18,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from .cache import CACHE_NAMES, cache_name, find_cache, linear_slot
 from .growing import grow
 from .hosts import attention_sites
-from .layers import adapt_full, hand_mask_down, linear_attention
+from .layers import hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
-from .parts import HALF
+from .parts import HALF, adapt_full
 from ..selection import check_layers
 
 # %% ../../nbs/34_model.hybrid.ipynb #b6bdfda6
@@ -74,7 +74,7 @@ class HybridConfig(_View):
     - `full_layers`: which layers keep full attention.
     - `full_rope=False` removes their rotary embedding.
     - `logit_scale` sharpens them on texts longer than those trained on
-      (see `flashmorph.model.layers.adapt_full`).
+      (see `flashmorph.model.parts.adapt_full`).
 
     All other settings are the teacher's: they are read from there and written there. Raises
     `ValueError` for an unknown mixer and for layers that do not exist."""

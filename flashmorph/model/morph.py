@@ -16,8 +16,9 @@ from flashmorph.model.branches import (
 )
 from .hosts import Site, check_host
 from .hybrid import HybridConfig, HybridForCausalLM
-from .layers import adapt_full, hand_mask_down, linear_attention
+from .layers import hand_mask_down, linear_attention
 from .mixers import mixer_spec
+from .parts import adapt_full
 from ..selection import Selection, check_layers
 from ..store import Damaged, checksum, load_strict, read_tensors, write_aside
 

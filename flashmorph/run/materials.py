@@ -15,7 +15,7 @@ from ..data.files import SourceConfig
 from ..data.text import text, tokenizer_fingerprint
 from ..ledger import Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
-from ..model.layers import check_full
+from ..model.parts import check_full
 from ..model.teacher import check_length, load_teacher
 from .recipe import SIZES, TABLES, Recipe, recipe_toml
 from ..selection import budget_or_quarter
