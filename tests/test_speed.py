@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from flashmorph.model.growing import GrowingLayer, Rows, ahead
+from flashmorph.model.cache import GrowingLayer, Rows, ahead
 
 
 def tokens(slot: DynamicLayer, count: int, draw: torch.Generator) -> tuple:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
-from .cache import CACHE_NAMES, cache_name, find_cache, linear_slot
-from .growing import grow
+from .cache import CACHE_NAMES, cache_name, find_cache, grow, linear_slot
 from .hosts import attention_sites
 from .layers import hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
