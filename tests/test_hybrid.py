@@ -9,8 +9,10 @@ import types
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from families import FAMILIES, VARIANTS, close, hybrid, morphed, shake, teacher, tokens
 from flashmorph.model.cache import StateLayer, find_cache
@@ -538,14 +540,15 @@ def test_full_layers_for_longer_texts(name, tmp_path):
     assert not torch.allclose(expected, logits(plain, ids, mask), atol=1e-3)
     h.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    assert (again.config.full_rope, again.config.logit_scale) == (rope, 20)
+    assert (again.config.full_rope, again.config.full_logit_scale) == (rope, 20)
     real = mask.bool()
     close(logits(again, ids, mask)[real], expected[real], 1e-4)
     again.set_attn_implementation("sdpa" if name != "gemma2" else "eager")
     for model in (again, copy.deepcopy(h)):
         assert torch.equal(logits(model, ids, mask), expected)
     plain.save_pretrained(tmp_path)
-    later = AutoModelForCausalLM.from_pretrained(tmp_path, logit_scale=20)  # said when loading only
+    # said when loading only
+    later = AutoModelForCausalLM.from_pretrained(tmp_path, full_logit_scale=20)
     if name != "gemma2":
         assert torch.equal(logits(later, ids, mask), expected)
     for m in (*h.train().modules(), *plain.train().modules()):
@@ -594,3 +597,105 @@ def test_full_layers_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=word):
             commit(morphed(name), [1], **options)
+
+
+# what programs around transformers ask of a model
+
+OUTPUT = {
+    "gemma2": {"final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+def test_logits_from_the_decoder_and_the_configuration(name, tmp_path):
+    "As TRL computes them: last hidden states, the head, and the factors of the configuration."
+    sizes = FAMILIES.get(name, FAMILIES["llama"])
+    config = AutoConfig.for_model(name, **sizes | OUTPUT[name])
+    t = shake(AutoModelForCausalLM.from_config(config).eval(), 0.1)
+    h, (ids, mask) = morph(t).commit([1, 3], logit_scale=20), tokens(pad=4)
+    h.save_pretrained(tmp_path)
+    for model in (h, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        decoded = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        found = model.get_output_embeddings()(decoded.last_hidden_state)
+        config = model.config.get_text_config()
+        if (factor := getattr(config, "logit_scale", None)) is not None: found = found * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None: found = found / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            found = cap * torch.tanh(found / cap)
+        with torch.no_grad(): close(found, logits(h, ids, mask), 1e-5)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written[key] for key in OUTPUT[name]} == OUTPUT[name]
+    assert written["full_logit_scale"] == 20
+
+
+@pytest.mark.parametrize("scale", [None, 20])
+def test_folders_that_call_the_scale_of_full_layers_logit_scale(scale, tmp_path):
+    h, (ids, _) = morphed("llama").commit([1, 3], logit_scale=scale), tokens()
+    h.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["logit_scale"] = config.pop("full_logit_scale")
+    file.write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.full_logit_scale == scale and not hasattr(again.config, "logit_scale")
+    assert torch.equal(logits(again, ids), logits(h, ids))
+
+
+def test_an_old_folder_of_a_teacher_with_a_logit_scale():
+    config = teacher("llama").config
+    config.logit_scale = 0.5
+    written = HybridConfig(teacher=config, full_layers=[1], full_logit_scale=20).to_dict()
+    assert written["logit_scale"] == 0.5
+    written["logit_scale"] = written.pop("full_logit_scale")
+    again = HybridConfig.from_dict(written)
+    assert (again.full_logit_scale, again.logit_scale, again.teacher.logit_scale) == (20, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("full", [range(4), (1, 3), ()])
+@pytest.mark.parametrize("name", ["phi3", "llama"])
+def test_generating_past_the_length_where_rope_changes(full, name):
+    "Phi-3 with longrope reads everything again there; others have no such length."
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [3.0] * 2,
+            "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    sizes = {"rope_parameters": rope | {"partial_rotary_factor": 0.5},
+             "max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    t = teacher(name, **sizes if name == "phi3" else {})
+    h, (ids, mask) = commit(morph(t), full), tokens(B=1, T=12)
+    options = {"max_new_tokens": 16, **GREEDY}
+    cached, plain = (t.generate(ids, use_cache=x, **options) for x in (True, False))
+    # in transformers 5.17 the cached teacher is wrong there itself
+    if torch.equal(cached, plain): same_generation(h, ids, attention_mask=mask)
+    else: assert transformers.__version__.startswith("5.17")
+    if len(full) == 4:
+        assert torch.equal(h.generate(ids, **options), cached)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_the_configuration_names_the_attention_that_runs(name, kind, tmp_path):
+    t = teacher(name)
+    if name == "qwen3": t.set_attn_implementation(kind)
+    h = commit(morph(t), [1, 3])
+    h.save_pretrained(tmp_path)
+    for model in (h, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        runs = model.host.model.layers[1].self_attn.config._attn_implementation
+        assert model.config._attn_implementation == runs
+        assert model.host.config._attn_implementation == runs
+    assert h.config._attn_implementation == t.config._attn_implementation
+
+
+def test_auto_classes_without_a_hybrid_say_so(tmp_path):
+    h = hybrid("qwen3")
+    h.save_pretrained(tmp_path)
+    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        with pytest.raises(ValueError, match="load it by AutoModelForCausalLM"):
+            auto.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="load it by AutoModelForCausalLM"):
+            auto.from_config(h.config)
+
+
+def test_sharing_a_copy_of_the_code_is_refused():
+    for cls in (HybridForCausalLM, HybridConfig):
+        with pytest.raises(ValueError, match="import flashmorph"): cls.register_for_auto_class()

@@ -497,6 +497,19 @@ def test_refused():
     assert model(ids, use_cache=True).past_key_values.get_seq_length() == 23
 
 
+def test_adapters_are_merged_first():
+    "LoRA layers as peft puts them into a model; merged there is nothing left to refuse."
+    t = teacher("qwen3")
+    plain = t.model.layers[2].self_attn.q_proj
+    lora = type("Linear", (torch.nn.Module,), {"__module__": "peft.tuners.lora.layer"})()
+    lora.base_layer = plain
+    t.model.layers[2].self_attn.q_proj = lora
+    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.q_proj.*merge_and_unload"):
+        morph(t)
+    t.model.layers[2].self_attn.q_proj = plain
+    morph(t)
+
+
 WRONG_LAYERS = [None, 3, "0", [4], [-1], [0, 0], [0.5], [True], ["a"]]
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from .cache import find_cache
 from .layers import LinearAttention
 from ..ops.reference import compute_dtype
 
 # %% auto #0
-__all__ = ['Model', 'MorphLayer', 'share', 'after_each', 'check_rows', 'branch_error', 'Finished', 'finish']
+__all__ = ['Model', 'MorphLayer', 'share', 'check_teacher', 'after_each', 'check_rows', 'branch_error', 'Finished', 'finish']
 
 # %% ../../nbs/35_model.branches.ipynb #320095cd
 class MorphLayer(nn.Module):
@@ -62,6 +63,21 @@ def share(model: Model) -> Model:
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for p in model.parameters(): memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
     return copy.deepcopy(model, memo)
+
+# %% ../../nbs/35_model.branches.ipynb #286a73b0
+def check_teacher(teacher: Any) -> None:
+    """Raise `TypeError` unless `teacher` is a transformers model.
+
+    Raises `ValueError` if there are adapters inside (LoRA and the like)."""
+    modules = teacher.named_modules() if isinstance(teacher, nn.Module) else ()
+    adapters = [name for name, module in modules
+                if name and type(module).__module__.startswith("peft.")]
+    if adapters:
+        raise ValueError(f"the teacher holds adapters ({', '.join(adapters[:3])}, ...): merge them "
+                         "first, teacher = peft_model.merge_and_unload()")
+    if not isinstance(teacher, PreTrainedModel):
+        kind = type(teacher).__name__
+        raise TypeError(f"teacher should be a transformers model, got {kind}")
 
 # %% ../../nbs/35_model.branches.ipynb #29c103e9
 @contextlib.contextmanager

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
-from .cache import CACHE_NAMES, cache_name, find_cache, grow, linear_slot
+from .cache import CACHE_NAMES, adopt, cache_name, find_cache
 from .hosts import attention_sites
 from .layers import hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
@@ -30,13 +31,14 @@ def _layer_types(teacher: PreTrainedConfig, full_layers: list[int]) -> list[str]
     return [kind if i in full_layers else "linear_attention" for i, kind in enumerate(kinds)]
 
 # %% ../../nbs/34_model.hybrid.ipynb #92d353a2
-OWN = ("teacher", "mixer", "full_layers", "full_rope", "logit_scale", "layer_types", "model_type",
-       "architectures", "auto_map", "transformers_version")
+OWN = ("teacher", "mixer", "full_layers", "full_rope", "full_logit_scale", "layer_types",
+       "model_type", "architectures", "auto_map", "transformers_version")
 # written into config.json too, where programs look for the sizes of a model
 MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
             "sliding_window", "attention_chunk_size", "pad_token_id", "bos_token_id",
-            "eos_token_id", "tie_word_embeddings", "initializer_range", "use_cache")
+            "eos_token_id", "tie_word_embeddings", "initializer_range", "use_cache",
+            "final_logit_softcapping", "logits_scaling", "logit_scale")
 
 class _View(PreTrainedConfig):
     "A configuration around that of a `teacher`: names that are not `OWN` are the teacher's."
@@ -64,6 +66,11 @@ class _View(PreTrainedConfig):
         vars(self).update({name: getattr(self, name) for name in shared if self._is_shared(name)})
         return super().to_dict()
 
+# %% ../../nbs/34_model.hybrid.ipynb #39cff590
+def _refuse_a_copy() -> None:
+    raise ValueError("a hybrid cannot be shared as a copy of its code: whoever loads it needs "
+                     "flashmorph installed, and `import flashmorph` registers its classes")
+
 # %% ../../nbs/34_model.hybrid.ipynb #c6d84ef4
 class HybridConfig(_View):
     """Configuration of a `HybridForCausalLM`.
@@ -72,8 +79,8 @@ class HybridConfig(_View):
     - `mixer`: name and options.
     - `full_layers`: which layers keep full attention.
     - `full_rope=False` removes their rotary embedding.
-    - `logit_scale` sharpens them on texts longer than those trained on
-      (see `flashmorph.model.parts.adapt_full`).
+    - `full_logit_scale` sharpens them on texts longer than those trained on
+      (`logit_scale` of `flashmorph.model.parts.adapt_full`).
 
     All other settings are the teacher's: they are read from there and written there. Raises
     `ValueError` for an unknown mixer and for layers that do not exist."""
@@ -82,7 +89,7 @@ class HybridConfig(_View):
     mixer: str = "lightning"
     full_layers: list | None = None
     full_rope: bool = True
-    logit_scale: float | None = None
+    full_logit_scale: float | None = None
 
     def __post_init__(self, **kwargs):
         # first what is transformers' own, without the teacher
@@ -103,15 +110,19 @@ class HybridConfig(_View):
         self.full_layers = check_layers(self.full_layers, self.num_hidden_layers)
         self.layer_types = _layer_types(self.teacher, self.full_layers)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        "As in transformers. Until there was a `full_logit_scale`, files called it `logit_scale`."
+        if "full_logit_scale" not in config_dict:
+            config_dict = config_dict | {"full_logit_scale": config_dict.get("logit_scale")}
+            config_dict.pop("logit_scale", None)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None: _refuse_a_copy()
+
     @property
     def sub_configs(self): return {"teacher": PreTrainedConfig}
-
-# %% ../../nbs/34_model.hybrid.ipynb #6e0ff14a
-def _adopt(cache: Any, linear_layers: list[int]) -> None:
-    "Give each linear layer its slot in `cache`, and full layers room ahead, if there is a cache."
-    if cache is None: return
-    grow(cache)
-    for i in linear_layers: linear_slot(cache, i)
 
 # %% ../../nbs/34_model.hybrid.ipynb #8e41bf55
 def _check_loaded(info: dict[str, Any]) -> None:
@@ -141,16 +152,31 @@ def saved_format(model: PreTrainedModel) -> torch.dtype:
     wanted = getattr(torch, str(model.config.dtype).removeprefix("torch."), None)
     return wanted if wanted in HALF and model.dtype == torch.float32 else model.dtype
 
+# %% ../../nbs/34_model.hybrid.ipynb #60ab0d8b
+def _plain_mask(config: Any, inputs_embeds: Any, attention_mask: Any, *args, **kwargs) -> Any:
+    "The padding mask as it came; the host makes its own masks from it."
+    return attention_mask
+
 # %% ../../nbs/34_model.hybrid.ipynb #e1841ee1
-class _Host(PreTrainedModel, GenerationMixin):
+class _Host(PreTrainedModel):
     "A model that is another one inside: passes what transformers asks of it on to `host`."
     host: PreTrainedModel
-    linear_layers: list[int]
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         "Change how full layers are computed (`eager`, `sdpa`, ...); not the linear ones."
         self.host.set_attn_implementation(attn_implementation, *args, **kwargs)
         self.config._attn_implementation = self.host.config._attn_implementation
+
+    def _share_settings(self) -> None:
+        "One configuration and one kind of padding mask for the host and the model around it."
+        self.config.teacher = self.host.config
+        self.config._attn_implementation = self.host.config._attn_implementation
+        self.host.create_masks_for_generate = _plain_mask                # type: ignore[assignment]
+
+    @property
+    def base_model(self) -> Any:
+        "The decoder: what the host is without its head."
+        return self.host.base_model
 
     def get_input_embeddings(self) -> nn.Module: return self.host.get_input_embeddings()
     def set_input_embeddings(self, value: nn.Module) -> None: self.host.set_input_embeddings(value)
@@ -163,19 +189,36 @@ class _Host(PreTrainedModel, GenerationMixin):
         raise ValueError("a hybrid's vocabulary cannot be resized: "
                          "resize the teacher's, then convert it again")
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        prepare = super()._prepare_cache_for_generation                         # type: ignore[misc]
-        prepare(generation_config, model_kwargs, *args, **kwargs)
-        _adopt(find_cache(model_kwargs), self.linear_layers)
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
-        return attention_mask
-
     def save_pretrained(self, *args, dtype: Any = None, **kwargs) -> Any:
         "As in transformers, in the format `dtype`; see `saved_format` for the default."
         with in_format(self, dtype or saved_format(self)):
             return super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None: _refuse_a_copy()
+
+# %% ../../nbs/34_model.hybrid.ipynb #b85cf255
+class _Generator:
+    "What `generate` asks of a model with a `host`."
+    host: Any
+    linear_layers: list[int]
+    create_masks_for_generate = staticmethod(_plain_mask)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        prepare = super()._prepare_cache_for_generation                         # type: ignore[misc]
+        prepare(generation_config, model_kwargs, *args, **kwargs)
+        adopt(find_cache(model_kwargs), self.linear_layers)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, cache: Any = None,
+        attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs,
+    ) -> dict[str, Any]:
+        "As the host prepares them. The names are here because `generate` looks for them."
+        named = {"past_key_values": past_key_values, "cache": cache}
+        kwargs |= {name: x for name, x in named.items() if x is not None}
+        prepare = self.host.prepare_inputs_for_generation
+        return prepare(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+                       **kwargs)
 
 # %% ../../nbs/34_model.hybrid.ipynb #80d4367a
 def _random_host(config: HybridConfig) -> PreTrainedModel:
@@ -183,12 +226,12 @@ def _random_host(config: HybridConfig) -> PreTrainedModel:
     host = AutoModelForCausalLM.from_config(config.teacher)
     for name, attn, dims in attention_sites(host):
         if dims.layer_idx in (config.full_layers or ()):
-            adapt_full(attn, config.full_rope, config.logit_scale)
+            adapt_full(attn, config.full_rope, config.full_logit_scale)
         else: host.set_submodule(name, linear_attention(attn, config.mixer, dims))
     return host
 
 # %% ../../nbs/34_model.hybrid.ipynb #c0a193cd
-class HybridForCausalLM(_Host):
+class HybridForCausalLM(_Host, _Generator, GenerationMixin):  # type: ignore[misc]
     """A causal language model with full attention in some layers and a mixer in the others.
 
     Made by `commit` or `from_pretrained`; `config.full_layers` names the full layers."""
@@ -207,7 +250,7 @@ class HybridForCausalLM(_Host):
         if host is not None:
             # finished weights, which `post_init` leaves alone
             for module in host.modules(): module._is_hf_initialized = True      # type: ignore
-        self.config.teacher = self.host.config
+        self._share_settings()
         self.linear_layers = [i for i, kind in enumerate(config.layer_types or ())
                               if kind == "linear_attention"]
         hand_mask_down(self.host)
@@ -232,7 +275,7 @@ class HybridForCausalLM(_Host):
 
         The cache may be called `past_key_values` or `cache`."""
         cache = find_cache({"past_key_values": past_key_values, **kwargs})
-        _adopt(cache, self.linear_layers)
+        adopt(cache, self.linear_layers)
         kwargs = {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
         return self.host(input_ids=input_ids, attention_mask=attention_mask,
                          position_ids=position_ids, inputs_embeds=inputs_embeds, labels=labels,
@@ -240,5 +283,17 @@ class HybridForCausalLM(_Host):
                          **{self.cache_name: cache}, **kwargs)
 
 # %% ../../nbs/34_model.hybrid.ipynb #e9c0ce57
+class _OnlyCausal:
+    "What auto classes without a hybrid of their kind find: the reason."
+    config_class = HybridConfig
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> Any:
+        raise ValueError("a hybrid is a causal language model: load it by AutoModelForCausalLM; "
+                         "`model.base_model` is its decoder without the head")
+    _from_config = from_pretrained
+
 AutoConfig.register("flashmorph_hybrid", HybridConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    auto.register(HybridConfig, _OnlyCausal, exist_ok=True)

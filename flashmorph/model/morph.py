@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from flashmorph.model.branches import (
-    MorphLayer, after_each, branch_error, check_rows, finish, share,
+    MorphLayer, after_each, branch_error, check_rows, check_teacher, finish, share,
 )
 from .hosts import Site, check_host
 from .hybrid import HybridConfig, HybridForCausalLM
@@ -194,7 +194,7 @@ def commit(
     host, kept = one_branch_each(model, chosen)
     config = HybridConfig(
         teacher=copy.deepcopy(host.config), mixer=model.mixer, full_layers=chosen,
-        full_rope=full_rope, logit_scale=logit_scale, dtype=host.dtype,
+        full_rope=full_rope, full_logit_scale=logit_scale, dtype=host.dtype,
     )
     for name in kept: adapt_full(host.get_submodule(name), full_rope, logit_scale)
     hybrid = HybridForCausalLM(config, host)
@@ -282,14 +282,12 @@ def morph(
     `mixer` in place of softmax.
 
     Shares the teacher's tensors; they are frozen in the morphable model. Raises `ValueError` for a
-    family that cannot be converted (naming the supported ones) and for an unknown mixer or option,
-    `TypeError` for something that is no transformers model."""
+    family that cannot be converted (naming the supported ones) and for an unknown mixer or option;
+    further errors as `check_teacher`."""
     if not isinstance(mixer, str):
         raise TypeError(f"mixer: expected the name of a mixer, such as 'gdn', got {mixer!r}")
     spec = mixer_spec(mixer, **options)
-    if not isinstance(teacher, PreTrainedModel):
-        kind = type(teacher).__name__
-        raise TypeError(f"teacher should be a transformers model, got {kind}")
+    check_teacher(teacher)
     sites = check_host(teacher)
     host = share(teacher)
     add_branches(host, spec, sites)

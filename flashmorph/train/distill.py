@@ -140,9 +140,10 @@ class DistillConfig(FitConfig):
 
 def hybrid_facts(model: Any) -> dict[str, Any]:
     "What a hybrid is made of, as facts that a resumed training must share."
-    names = ("mixer", "full_layers", "full_rope", "logit_scale")
+    names = {"mixer": "mixer", "full_layers": "full_layers", "full_rope": "full_rope",
+             "logit_scale": "full_logit_scale"}
     config = getattr(model, "config", None)
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {fact: getattr(config, name) for fact, name in names.items() if hasattr(config, name)}
 
 # %% ../../nbs/47_train.distill.ipynb #e1fcbc04
 @takes(DistillConfig)
