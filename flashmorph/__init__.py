@@ -12,6 +12,7 @@ from flashmorph.data.mixture import Mixture
 from flashmorph.data.passkeys import passkeys
 from flashmorph.data.text import text
 from flashmorph.measure.evaluate import evaluate
+from flashmorph.measure.harness import lm_eval
 from flashmorph.measure.plan import plan
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
 from flashmorph.model.mixers import Mixer, mixer_names, register_mixer
@@ -42,6 +43,6 @@ __all__ = [
     "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
     "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate", "finetune",
-    "load_model", "load_teacher", "mixer_names", "morph", "passkeys", "plan", "register_mixer",
-    "text", "train_gates", "uniform",
+    "lm_eval", "load_model", "load_teacher", "mixer_names", "morph", "passkeys", "plan",
+    "register_mixer", "text", "train_gates", "uniform",
 ]

@@ -84,7 +84,7 @@ def perplexity(loss: Score) -> Score:
 # %% ../nbs/07_scores.ipynb #0cd86506
 def bootstrap(values: Sequence[Any], statistic: Callable[[list[Any]], float], of: str = "rows",
               unit: str = "", draws: int = 1000, seed: int = 0) -> Score:
-    "The `statistic` of independent `values`, with the interval of `draws` samples of the same size."
+    "The `statistic` of independent `values`, with the interval of `draws` samples from them."
     value = float(statistic(list(values)))
     if len(values) < 2: return Score(value, count=len(values), of=of, unit=unit)
     rng = random.Random(seed)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/51_measure.evaluate.ipynb #1fbe4443
 from __future__ import annotations
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 import torch
@@ -17,11 +17,14 @@ from ..data.sources import open_source
 from ..data.text import MOST, TokenBlocks
 from ..model.logits import hidden_states, host_of, logits_from_hidden
 from ..results import Evaluation
+from ..scores import Score, mean_score, perplexity
 from ..settings import setting
+from ..train.stop import is_out_of_memory
 
 # %% auto #0
-__all__ = ['HELD_OUT', 'EvaluateConfig', 'check_ids', 'check_finite', 'scores_from_hidden', 'token_scores', 'exact_keys',
-           'evaluate_recall', 'evaluate_text', 'held_out_rows', 'evaluate']
+__all__ = ['HELD_OUT', 'EvaluateConfig', 'check_ids', 'check_finite', 'scores_from_hidden', 'token_scores', 'Room', 'exact_keys',
+           'evaluate_recall', 'evaluate_text', 'book_scores', 'text_losses', 'stretches', 'perplexity_by_position',
+           'held_out_rows', 'evaluate']
 
 # %% ../../nbs/51_measure.evaluate.ipynb #c91a1883
 HELD_OUT = 1_000_003      # seeds of evaluation data start here; trainings use small seeds
@@ -83,6 +86,31 @@ def token_scores(model: nn.Module, ids: torch.Tensor,
     check_finite(loss)
     return loss, right
 
+# %% ../../nbs/51_measure.evaluate.ipynb #2683af17
+class Room:
+    "How many rows fit into memory at once: halved, down to one row, each time they do not."
+    def __init__(self, rows: int): self.rows = rows
+
+    def __call__(self, call: Callable[..., Any], *tensors: torch.Tensor) -> list[Any]:
+        "The results of `call` on parts of `tensors`, each with at most `rows` of their rows."
+        found: list[Any] = []
+        start = 0
+        while start < len(tensors[0]):
+            part = [tensor[start:start + self.rows] for tensor in tensors]
+            try:
+                found.append(call(*part))
+                start += self.rows
+            except (RuntimeError, MemoryError) as error:
+                if len(part[0]) == 1 or not is_out_of_memory(error): raise
+                self.rows = len(part[0]) // 2
+        return found
+
+    def token_scores(self, model: nn.Module, ids: torch.Tensor,
+                     where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "`token_scores` of as many rows at once as fit."
+        parts = self(lambda *rows: token_scores(model, *rows), ids, where)
+        return torch.cat([nll for nll, _ in parts]), torch.cat([hits for _, hits in parts])
+
 # %% ../../nbs/51_measure.evaluate.ipynb #e888b862
 def exact_keys(answers: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     "For each asked passkey of `answers` (B, T), whether all its tokens are right; `right` is (N,)."
@@ -97,12 +125,13 @@ def evaluate_recall(model: nn.Module, books: Iterable[dict[str, torch.Tensor]], 
                     batch_size: int = 8) -> dict[str, float]:
     "`recall`, `exact` and `answer_nll` of `model` on the first `count` rows of `books`."
     device = next(model.parameters()).device
+    room = Room(batch_size)
     nll, right = [], []
     exact = []
     for batch in batches(books, batch_size, count):
         ids = batch["input_ids"].to(device)
         answers = batch["answers"].to(device)
-        loss, hits = token_scores(model, ids, answers > 0)
+        loss, hits = room.token_scores(model, ids, answers > 0)
         nll.append(loss)
         right.append(hits)
         exact.append(exact_keys(answers, hits))
@@ -117,13 +146,63 @@ def evaluate_text(model: nn.Module, blocks: Iterable[dict[str, torch.Tensor]], c
                   batch_size: int = 8) -> float:
     "Mean next-token loss of `model`, in nats, on the first `count` rows of `blocks`."
     device = next(model.parameters()).device
+    room = Room(batch_size)
     nll = []
     for batch in batches(blocks, batch_size, count):
         ids = batch["input_ids"].to(device)
         where = torch.ones_like(ids, dtype=torch.bool)
         where[:, 0] = False
-        nll.append(token_scores(model, ids, where)[0])
+        nll.append(room.token_scores(model, ids, where)[0])
     return torch.cat(nll).mean().item()
+
+# %% ../../nbs/51_measure.evaluate.ipynb #ad5b7e3d
+def book_scores(model: nn.Module, books: Sequence[dict[str, torch.Tensor]],
+                batch_size: int = 8) -> dict[str, list[float]]:
+    "`recall`, `exact` and `answer_nll` of `model` on each of `books`."
+    device = next(model.parameters()).device
+    room = Room(batch_size)
+    found: dict[str, list[float]] = {"recall": [], "exact": [], "answer_nll": []}
+    for batch in batches(books, batch_size):
+        answers = batch["answers"].to(device)
+        scores = room.token_scores(model, batch["input_ids"].to(device), answers > 0)
+        # the tokens of each book
+        sizes = (answers > 0).sum(1).tolist()
+        for row, nll, hits in zip(answers, *(score.split(sizes) for score in scores)):
+            found["recall"].append(hits.float().mean().item())
+            found["exact"].append(exact_keys(row[None], hits).float().mean().item())
+            found["answer_nll"].append(nll.mean().item())
+    return found
+
+# %% ../../nbs/51_measure.evaluate.ipynb #17f50073
+def text_losses(model: nn.Module, rows: Sequence[dict[str, torch.Tensor]],
+                batch_size: int = 8) -> torch.Tensor:
+    "The loss of `model`, in nats, at each token but the first of `rows` of T tokens: (R, T - 1)."
+    device = next(model.parameters()).device
+    room = Room(batch_size)
+    losses = []
+    for batch in batches(rows, batch_size):
+        ids = batch["input_ids"].to(device)
+        where = torch.ones_like(ids, dtype=torch.bool)
+        where[:, 0] = False
+        losses.append(room.token_scores(model, ids, where)[0].view(len(ids), -1).cpu())
+    return torch.cat(losses)
+
+# %% ../../nbs/51_measure.evaluate.ipynb #d730106d
+def stretches(length: int, shortest: int = 32, most: int = 8) -> list[tuple[int, int]]:
+    "Stretches `[start, end)` of the positions 1..length - 1, each as long as all before it."
+    ends = [length]
+    while len(ends) < most and ends[0] >= 2 * shortest: ends.insert(0, (ends[0] + 1) // 2)
+    return list(zip([1, *ends], ends))
+
+# %% ../../nbs/51_measure.evaluate.ipynb #6ab72785
+def perplexity_by_position(losses: torch.Tensor) -> dict[str, Score]:
+    "From the losses of `text_losses`: the perplexity in each stretch, by name: `64-127`."
+    found = {}
+    for start, end in stretches(losses.shape[1] + 1):
+        by_row = losses[:, start - 1:end - 1].mean(1)
+        loss = mean_score(by_row.tolist(), "rows", "nats")
+        found[f"{start}-{end - 1}"] = perplexity(loss)
+    return found
 
 # %% ../../nbs/51_measure.evaluate.ipynb #06d7d4f1
 def held_out_rows(tokenizer: Any, config: EvaluateConfig,
