@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from families import FAMILIES, VARIANTS, close, hybrid, morphed, shake, teacher, tokens
-from flashmorph.model.cache import StateLayer, find_cache
+from flashmorph.model.cache import REACH, StateLayer, find_cache
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
 from flashmorph.selection import check_layers
 from flashmorph.model.morph import commit, morph
@@ -396,11 +396,6 @@ def test_attn_implementation_on_loading(tmp_path):
 
 def test_what_cannot_be():
     h, (ids, _) = hybrid("qwen3"), tokens(B=1)
-    for kw in (dict(assistant_model=teacher("qwen3")), dict(prompt_lookup_num_tokens=3)):
-        with pytest.raises(ValueError, match="stateful"):
-            h.generate(ids, max_new_tokens=4, **kw)
-    with pytest.raises(NotImplementedError, match="rolled back"):
-        teacher("qwen3").generate(ids, assistant_model=h, max_new_tokens=30, do_sample=False)
     cache = find_cache(h(ids, use_cache=True))
     with pytest.raises(NotImplementedError, match="rolled back"):
         cache.crop(-1)
@@ -699,3 +694,141 @@ def test_auto_classes_without_a_hybrid_say_so(tmp_path):
 def test_sharing_a_copy_of_the_code_is_refused():
     for cls in (HybridForCausalLM, HybridConfig):
         with pytest.raises(ValueError, match="import flashmorph"): cls.register_for_auto_class()
+
+
+# going back
+
+OPTIONS = {"lightning": "lightning", "gla": "gla", "gdn": "gdn", "conv": "gdn(conv=4)"}
+every_mixer = pytest.mark.parametrize("mixer", OPTIONS.values(), ids=OPTIONS)
+
+
+def mixed_hybrid(name, mixer, full=(1, 3)):
+    model = morph(teacher(name), mixer)
+    for layer in model.layers: shake(layer.linear, 0.1)
+    return commit(model, full)
+
+
+def kept(cache):
+    "All tensors of a cache, layer by layer."
+    tensors = []
+    for slot in cache.layers:
+        if not isinstance(slot, StateLayer): tensors += [slot.keys, slot.values]
+        else: tensors += slot.state if isinstance(slot.state, tuple) else [slot.state]
+    return tensors
+
+
+@every_mixer
+@pytest.mark.parametrize("back", [1, 5, 9, 14])
+def test_crop(mixer, back):
+    "A cache that goes back is the cache that never read on, also in padded rows."
+    h, (ids, mask) = mixed_hybrid("llama", mixer), tokens(T=20, pad=4)
+    straight, cropped = DynamicCache(config=h.config), DynamicCache(config=h.config)
+    read = dict(attention_mask=mask[:, :6], use_cache=True)
+    for cache in (straight, cropped): h(ids[:, :6], past_key_values=cache, **read)
+    cropped.activate_past_recording()
+    with torch.no_grad():
+        # 14 tokens in pieces, and as many back as asked for
+        for a, b in ((6, 7), (7, 15), (15, 20)):
+            h(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cropped)
+        cropped.crop(-back)
+        end = 20 - back
+        if end > 6: h(ids[:, 6:end], attention_mask=mask[:, :end], past_key_values=straight)
+        assert cropped.get_seq_length() == end
+        for a, b in zip(kept(cropped), kept(straight), strict=True): close(a, b)
+        out = [h(ids[:, end:], attention_mask=mask, past_key_values=cache).logits
+               for cache in (cropped, straight)]
+    close(*out, 1e-4)
+
+
+@every_mixer
+def test_crop_to_nothing(mixer):
+    h, (ids, _) = mixed_hybrid("llama", mixer), tokens()
+    cache = DynamicCache(config=h.config)
+    with torch.no_grad():
+        h(ids, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="activate_past_recording"): cache.crop(-23)
+        cache = DynamicCache(config=h.config)
+        cache.activate_past_recording()
+        h(ids[:, :9], past_key_values=cache)
+        cache.crop(-9)
+        again = h(ids, past_key_values=cache).logits
+    assert cache.get_seq_length() == 23
+    close(again, logits(h, ids), 1e-4)
+
+
+def test_a_long_text_is_recorded_at_its_end():
+    h, (ids, _) = hybrid("llama", max_position_embeddings=512), tokens(T=300)
+    cache = DynamicCache(config=h.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        close(h(ids, past_key_values=cache).logits, logits(h, ids), 1e-4)
+        recording = cache.layers[0].recording
+        assert len(recording) == REACH
+        # not a view of the whole text
+        for _, inputs in recording.read:
+            for x in inputs[:4]: assert x.untyped_storage().nbytes() == x.nbytes
+        cache.crop(-REACH)
+        rest = h(ids[:, -REACH:], past_key_values=cache).logits
+    close(rest, logits(h, ids)[:, -REACH:], 1e-4)
+    cache.crop(-REACH)
+    with pytest.raises(NotImplementedError, match="0 are recorded"): cache.crop(-1)
+    with pytest.raises(ValueError, match="negative"): cache.layers[0].crop(3)
+
+
+def assisted(model, ids, **kw):
+    return model.generate(ids, max_new_tokens=24, **GREEDY | kw)
+
+
+def rounds(model, ids, monkeypatch, **kw):
+    "What assisted generation yields, and how many tokens each round took back."
+    removed = []
+    crop = DynamicCache.crop
+
+    def count(cache, n):
+        removed.append(-n)
+        crop(cache, n)
+    with monkeypatch.context() as patch:
+        patch.setattr(DynamicCache, "crop", count)
+        return assisted(model, ids, **kw), removed
+
+
+@every_mixer
+@pytest.mark.parametrize("full", [(1, 3), ()], ids=["hybrid", "all-linear"])
+def test_prompt_lookup_decoding(mixer, full, monkeypatch):
+    "Tokens equal those of plain greedy decoding, and some guesses are refused."
+    h = mixed_hybrid("qwen3", mixer, full)
+    prompt = tokens(B=1, T=6, seed=3)[0].repeat(1, 4)
+    found, removed = rounds(h, prompt, monkeypatch, prompt_lookup_num_tokens=4)
+    assert torch.equal(found, assisted(h, prompt))
+    assert max(removed) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_assisted_decoding(name, monkeypatch):
+    "A hybrid that is helped, by models that guess well and badly; and a hybrid that helps."
+    if transformers.__version__.startswith("5.17") and name != "llama":
+        pytest.skip("transformers 5.17 cannot assist with a teacher that has a sliding window")
+    t, other = teacher(name), shake(teacher(name), 0.3)
+    ids = tokens(B=1, T=9)[0]
+    h, like = hybrid(name), hybrid(name)
+    plain = assisted(h, ids)
+    for assistant in (t, other, hybrid(name, full=())):
+        assert torch.equal(assisted(h, ids, assistant_model=assistant), plain)
+    assert torch.equal(assisted(t, ids, assistant_model=h), assisted(t, ids))
+    # five guesses at a time, all right, leave few rounds for 24 tokens, in either cache
+    like.generation_config.assistant_confidence_threshold = 0
+    like.generation_config.num_assistant_tokens = 5
+    found, removed = rounds(h, ids, monkeypatch, assistant_model=like)
+    assert torch.equal(found, plain) and len(removed) <= 10
+
+
+def test_assisted_sampling():
+    h, ids = hybrid("llama"), tokens(B=1, T=9)[0]
+    out = h.generate(ids, max_new_tokens=12, do_sample=True, eos_token_id=None,
+                     prompt_lookup_num_tokens=3)
+    assert out.shape == (1, 21)
+
+
+def test_assisted_decoding_takes_one_row():
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        assisted(hybrid("llama"), tokens(T=9)[0], prompt_lookup_num_tokens=3)

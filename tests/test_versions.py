@@ -86,8 +86,19 @@ def test_a_slot_for_states_has_the_parts_that_we_fill():
 
 
 def test_methods_of_a_slot_exist():
-    for name in ("get_seq_length", "get_mask_sizes", "reset", "update"):
+    for name in ("get_seq_length", "get_mask_sizes", "reset", "update", "is_croppable"):
         assert hasattr(CacheLayerMixin, name), name
+    for name in ("crop", "activate_past_recording", "reorder_cache"):
+        assert hasattr(LinearAttentionLayer, name), name
+
+
+def test_generate_records_before_it_guesses():
+    for method in ("_assisted_decoding", "_prepare_cache_for_generation"):
+        assert "activate_past_recording()" in source(getattr(GenerationMixin, method)), method
+    slot = StateLayer()
+    assert not slot.is_croppable and not slot.record_past
+    slot.activate_past_recording()
+    assert slot.is_croppable and slot.record_past
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,6 @@ def test_methods_that_a_hybrid_overrides_exist(owner, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "_is_stateful",
         "_keep_in_fp32_modules_strict",
         "_is_hf_initialized",
         "_supports_attention_backend",

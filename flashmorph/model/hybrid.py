@@ -240,7 +240,6 @@ class HybridForCausalLM(_Host, _Generator, GenerationMixin):  # type: ignore[mis
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = True
     _supports_flex_attn = _supports_attention_backend = True
-    _is_stateful = True
 
     def __init__(self, config: HybridConfig, host: PreTrainedModel | None = None):
         "A random model, or one around a `host` whose layers are linear where they should be."

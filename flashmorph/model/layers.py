@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from .cache import CACHE_NAMES, find_cache, linear_slot
+from .cache import CACHE_NAMES, find_cache, linear_slot, run_mixer
 from .hosts import mixer_dims
 from .mixers import Mixer, MixerDims, parse_mixer
 from flashmorph.model.parts import (
@@ -28,7 +28,7 @@ def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     "What an attention module calls in place of softmax."
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return mixer_call(q, k, v, scale), None
+    return mixer_call(q, k, v, scale=scale), None
 
 AttentionInterface.register(INTERFACE, _interface)
 
@@ -66,11 +66,11 @@ class LinearAttention(nn.Module):
             hidden, args = hidden.to(foreign), in_dtype(args, foreign)
             kwargs = {name: in_dtype(x, foreign) for name, x in kwargs.items()}
 
-        def mixer_call(q, k, v, scale):
-            state = None if slot is None else slot.state
-            o, state = self.mixer(q, k, v, hidden, scale=scale, mask=linear_mask, state=state)
-            if slot is not None: slot.store(state, q.shape[1])
-            return o
+        def mixer_call(*qkv, scale):
+            def mix(inputs, state):
+                *qkvh, mask = inputs
+                return self.mixer(*qkvh, scale=scale, mask=mask, state=state)
+            return run_mixer(mix, (*qkv, hidden, linear_mask), slot)
         output = self.attn(*args, attention_mask=None, mixer_call=mixer_call, **kwargs)
         return output if foreign is None else in_dtype(output, given)
 
