@@ -9,6 +9,7 @@ from flashmorph.choose.gates import train_gates
 from flashmorph.choose.trajectory import GateRun
 from flashmorph.choose.uniform import uniform
 from flashmorph.data.mixture import Mixture
+from flashmorph.data.needles import needles
 from flashmorph.data.passkeys import passkeys
 from flashmorph.data.text import text
 from flashmorph.measure.evaluate import evaluate
@@ -43,6 +44,6 @@ __all__ = [
     "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
     "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate", "finetune",
-    "lm_eval", "load_model", "load_teacher", "mixer_names", "morph", "passkeys", "plan",
+    "lm_eval", "load_model", "load_teacher", "mixer_names", "morph", "needles", "passkeys", "plan",
     "register_mixer", "text", "train_gates", "uniform",
 ]
