@@ -15,6 +15,7 @@ from flashmorph.data.text import text
 from flashmorph.measure.evaluate import evaluate
 from flashmorph.measure.harness import lm_eval
 from flashmorph.measure.plan import plan
+from flashmorph.measure.ruler import ruler
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
 from flashmorph.model.mixers import Mixer, mixer_names, register_mixer
 from flashmorph.model.morph import MorphableModel, morph
@@ -45,5 +46,5 @@ __all__ = [
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
     "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate", "finetune",
     "lm_eval", "load_model", "load_teacher", "mixer_names", "morph", "needles", "passkeys", "plan",
-    "register_mixer", "text", "train_gates", "uniform",
+    "register_mixer", "ruler", "text", "train_gates", "uniform",
 ]
