@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+import throughput
 from families import FAMILIES, VARIANTS, close, hybrid, morphed, shake, teacher, tokens
 from flashmorph.model.cache import REACH, StateLayer, find_cache
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
@@ -832,3 +833,117 @@ def test_assisted_sampling():
 def test_assisted_decoding_takes_one_row():
     with pytest.raises(ValueError, match="batch_size = 1"):
         assisted(hybrid("llama"), tokens(T=9)[0], prompt_lookup_num_tokens=3)
+
+
+# a batch, and where the weights are
+
+@pytest.mark.parametrize("mixer", ["lightning", "gdn(conv=4)"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "gpt2"])
+def test_eight_prompts_in_a_batch_equal_eight_alone(name, mixer):
+    h = mixed_hybrid(name, mixer)
+    rows = [tokens(B=1, T=T, seed=T)[0][0] for T in (1, 3, 4, 7, 11, 16, 23, 30)]
+    options = {"max_new_tokens": 16, **GREEDY}
+    batch = throughput.together(h, rows, **options)
+    assert batch.shape == (8, 16)
+    assert torch.equal(batch, throughput.alone(h, rows, **options))
+
+
+def test_throughput_is_printed(capsys):
+    throughput.main(["--prompts", "2", "--new", "3"])
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"alone: \d+ tokens/s\ntogether: \d+ tokens/s\n", printed)
+
+
+def some_on_disk():
+    "Where the parts of a hybrid are: one linear and one full layer on disk, the rest in memory."
+    places = dict.fromkeys((f"host.model.layers.{i}" for i in range(4)), "cpu")
+    places |= {"host.model.layers.1": "disk", "host.model.layers.2": "disk"}
+    rest = ("host.model.embed_tokens", "host.model.norm", "host.model.rotary_emb", "host.lm_head")
+    return places | dict.fromkeys(rest, "cpu")
+
+
+PLACES = {"auto": "auto", "sequential": "sequential", "cpu": "cpu", "all": {"": "cpu"},
+          "disk": some_on_disk()}
+
+
+@pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
+def test_device_map(where, tmp_path):
+    h, (ids, mask) = mixed_hybrid("llama", "gdn(conv=4)"), tokens(T=9, pad=3)
+    h.save_pretrained(tmp_path / "hybrid")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hybrid", device_map=where, offload_folder=tmp_path / "disk")
+    close(logits(again, ids, mask), logits(h, ids, mask))
+    options = {"attention_mask": mask, "max_new_tokens": 6, **GREEDY}
+    assert torch.equal(again.generate(ids, **options), h.generate(ids, **options))
+    if where == PLACES["disk"]: assert again.hf_device_map["host.model.layers.2"] == "disk"
+
+
+def test_meta_device_and_dispatch(tmp_path):
+    "No weights while the model is made, and then those of the file."
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+
+    h, (ids, mask) = mixed_hybrid("qwen3-untied", "gdn(conv=4)"), tokens(T=9, pad=3)
+    h.save_pretrained(tmp_path)
+    with torch.device("meta"): empty = HybridForCausalLM(HybridConfig.from_pretrained(tmp_path))
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    names = {name: x.shape for name, x in h.state_dict().items()}
+    assert {name: x.shape for name, x in empty.state_dict().items()} == names
+    with init_empty_weights(): empty = HybridForCausalLM(HybridConfig.from_pretrained(tmp_path))
+    file = str(tmp_path / "model.safetensors")
+    again = load_checkpoint_and_dispatch(empty, file, device_map={"": "cpu"}).eval()
+    assert torch.equal(logits(again, ids, mask), logits(h, ids, mask))
+
+
+@pytest.mark.parametrize("mixer", ["gdn(conv=4)", "gla"])
+def test_states_and_rates_stay_float32_in_bfloat16(mixer, tmp_path):
+    h, (ids, mask) = mixed_hybrid("llama", mixer), tokens(T=9, pad=3)
+    h.save_pretrained(tmp_path)
+    low = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    rates = {name for name, p in low.named_parameters() if p.dtype == torch.float32}
+    expected = {"A_log", "dt_bias"} if "gdn" in mixer else set()
+    assert {name.split(".")[-1] for name in rates} == expected
+    for name in rates: assert torch.equal(low.get_parameter(name), h.get_parameter(name))
+    cache = find_cache(low(ids, attention_mask=mask, use_cache=True))
+    states = [slot.state for slot in cache.layers if isinstance(slot, StateLayer)]
+    parts = [x for state in states for x in (state if isinstance(state, tuple) else (state,))]
+    assert {x.dtype for x in parts} == {torch.float32}
+    assert cache.layers[1].keys.dtype == torch.bfloat16
+
+
+# errors
+
+def test_masks_of_another_kind():
+    h, (ids, _) = hybrid("qwen3"), tokens()
+    square = torch.ones(2, 1, 23, 23, dtype=torch.bool).tril()
+    for wrong in (square, {"full_attention": square}):
+        with pytest.raises(ValueError, match=r"padding mask as a \(B, T\) tensor"):
+            h(ids, attention_mask=wrong)
+
+
+@pytest.mark.parametrize("wrong", [97, -1])
+def test_ids_of_another_tokenizer(wrong):
+    h, (ids, _) = hybrid("qwen3"), tokens()
+    ids[1, 5] = wrong
+    for call in (h, h.generate):
+        with pytest.raises(ValueError, match=f"ids from 0 to 96.*{wrong}.*model's own tokenizer"):
+            call(ids)
+
+
+def test_texts_longer_than_learned_positions():
+    h, (ids, mask) = hybrid("gpt2"), tokens(T=140, pad=4)
+    longer = "140 tokens, but the teacher learned 128 positions: shorten"
+    with pytest.raises(ValueError, match=longer): h(ids)
+    with torch.no_grad(): cache = find_cache(h(ids[:, :120], use_cache=True))
+    with pytest.raises(ValueError, match=longer): h(ids[:, 120:], past_key_values=cache)
+    # without its padding the first row would fit, the second would not
+    with pytest.raises(ValueError, match=longer):
+        h.generate(ids, attention_mask=mask, max_new_tokens=1)
+    # a rotary embedding has no end
+    assert logits(hybrid("llama"), ids).isfinite().all()
+
+
+def test_another_index_error_stays():
+    h, (ids, _) = hybrid("qwen3"), tokens()
+    labels = ids.clone()
+    labels[0, 5] = 500
+    with pytest.raises(IndexError, match="500"): h(ids, labels=labels)

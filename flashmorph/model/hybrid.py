@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from .cache import CACHE_NAMES, adopt, cache_name, find_cache
-from .hosts import attention_sites
+from .hosts import attention_sites, out_of_range
 from .layers import hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
 from .parts import HALF, adapt_full
@@ -276,10 +276,11 @@ class HybridForCausalLM(_Host, _Generator, GenerationMixin):  # type: ignore[mis
         cache = find_cache({"past_key_values": past_key_values, **kwargs})
         adopt(cache, self.linear_layers)
         kwargs = {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
-        return self.host(input_ids=input_ids, attention_mask=attention_mask,
-                         position_ids=position_ids, inputs_embeds=inputs_embeds, labels=labels,
-                         use_cache=use_cache, logits_to_keep=logits_to_keep,
-                         **{self.cache_name: cache}, **kwargs)
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels,
+                   "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+                   "use_cache": use_cache, "logits_to_keep": logits_to_keep, self.cache_name: cache}
+        try: return self.host(**kwargs)
+        except IndexError as error: raise out_of_range(error, self.config, kwargs) from error
 
 # %% ../../nbs/34_model.hybrid.ipynb #e9c0ce57
 class _OnlyCausal:
