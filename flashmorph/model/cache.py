@@ -89,10 +89,11 @@ class GrowingLayer(DynamicLayer):
         self.rows = Rows(), Rows()
 
     @property
-    def reserved(self) -> int:
-        "Bytes of memory, with what is taken ahead."
-        taken = (rows.memory for rows in self.rows)
-        return sum(memory.nbytes for memory in taken if memory is not None)
+    def ahead(self) -> int:
+        "Bytes of memory that are taken ahead."
+        shown = ((rows.memory, rows.shown) for rows in self.rows)
+        return sum(taken.nbytes - used.nbytes for taken, used in shown
+                   if taken is not None and used is not None)
 
 # %% ../../nbs/31_model.cache.ipynb #4d7d4558
 def grow(cache: Cache) -> Cache:

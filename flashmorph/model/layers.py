@@ -7,7 +7,9 @@ __all__ = ['INTERFACE', 'ENDS', 'PACKED', 'LinearAttention', 'expand_kv', 'linea
 
 # %% ../../nbs/33_model.layers.ipynb #5f97c5ca
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
@@ -157,9 +159,14 @@ def linear_attention(
     return LinearAttention(attn, new.to(device=like.device, dtype=like.dtype))
 
 # %% ../../nbs/33_model.layers.ipynb #c2abfb4d
+@cache
+def _signature(forward: Callable) -> inspect.Signature:
+    "Read once: reading takes longer than many a layer does for a token."
+    return inspect.signature(forward)
+
 def _call_of(decoder: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     "All arguments of a call of `decoder`, by name."
-    signature = inspect.signature(type(decoder).forward)
+    signature = _signature(type(decoder).forward)
     named = dict(signature.bind_partial(decoder, *args, **kwargs).arguments)
     del named[next(iter(named))]                # `self`
     further = named.pop("kwargs", {})

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from flashmorph.model.parts import (
-    GatedNorm, convolve_heads, lightning_log_decay, repeat_heads,
+    GatedNorm, convolve_heads, decays_for, lightning_log_decay, repeat_heads,
 )
 from ..ops.conv import ShortConv, check_conv
 from ..ops.dispatch import gdn, gla, lightning
@@ -242,7 +242,7 @@ class Lightning(StateMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
             scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_decay = lightning_log_decay(q.shape[2], q.device)
+        log_decay = decays_for(q)
         if real is not None: log_decay = torch.where(real, log_decay, 0)
         return lightning(q, k, v, log_decay, scale=scale, state=state)
 

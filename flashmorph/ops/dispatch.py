@@ -31,16 +31,23 @@ class Form:
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, scale: float,
           state: Tensor | None) -> tuple[Tensor, Tensor]:
     "One token of any op; `log_decay` broadcasts to `(B, H, Dk, 1)`."
-    if q.shape[1] != 1: raise ValueError(f"a step takes one token, got T = {q.shape[1]}")
+    B, T, H, Dk = q.shape
+    if T != 1: raise ValueError(f"a step takes one token, got T = {T}")
     dtype = reference.compute_dtype(v)
     with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_ = (x.to(dtype).transpose(1, 2) for x in (q, k, v))               # (B, H, 1, D)
-        S = None if state is None else state.to(dtype) * log_decay.to(dtype).exp()
+        # a matrix product for each head
+        q_ = q.to(dtype).reshape(B * H, 1, Dk)
+        k_ = k.to(dtype).reshape(B * H, Dk, 1)
+        v_ = v.to(dtype).reshape(B * H, 1, v.shape[3])
+        S = None if state is None else (state.to(dtype) * log_decay.to(dtype).exp()).flatten(0, 1)
         if beta is not None:
-            new = v_ if S is None else v_ - k_ @ S
-            v_ = new * beta.to(dtype).transpose(1, 2)[..., None]
-        S = k_.mT * v_ if S is None else S + k_.mT * v_
-        return ((scale * q_) @ S).transpose(1, 2).to(v.dtype), S
+            new = v_ if S is None else v_ - k_.mT @ S
+            v_ = new * beta.to(dtype).reshape(B * H, 1, 1)
+        # without gradients into the product above, which nobody else has
+        add = torch.Tensor.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
+        S = k_ * v_ if S is None else add(S, k_, v_)
+        o = torch.bmm(scale * q_, S).view(B, 1, H, v.shape[3])
+        return o.to(v.dtype), S.unflatten(0, (B, H))
 
 # %% ../../nbs/16_ops.dispatch.ipynb #d1000003
 def lightning_step(

@@ -33,10 +33,10 @@ def _check_decay(log_decay: Tensor) -> None:
     "Raise `ValueError` for a positive decay where looking is free: on the CPU, uncompiled."
     if log_decay.device.type != "cpu" or torch.compiler.is_compiling(): return
     if not log_decay.numel(): return
-    largest = log_decay.detach().amax()
+    largest = log_decay.detach().amax().item()
     if largest > 0:                                 # not so for NaN, which passes
         raise ValueError("log_decay should be <= 0 everywhere (exp of it is what remains of the "
-                         f"state after a token), got {largest.item():.4g}")
+                         f"state after a token), got {largest:.4g}")
 
 # %% ../../nbs/10_ops.reference.ipynb #c0ce0e56
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, state: Tensor | None,

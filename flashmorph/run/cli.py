@@ -19,9 +19,9 @@ from ..store import nearest, write_aside
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'Length', 'Keys', 'WordsPerKey', 'BatchSize', 'bench', 'Count',
-           'Device', 'Json', 'Repeats', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo', 'selected',
-           'select', 'scores_table', 'evaluate', 'pretrain', 'whole_numbers', 'show_measured', 'bench_ops',
-           'bench_gates', 'bench_align']
+           'Device', 'Json', 'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan',
+           'convert', 'demo', 'selected', 'select', 'scores_table', 'evaluate', 'pretrain', 'whole_numbers',
+           'show_measured', 'bench_ops', 'bench_gates', 'bench_align', 'run_speed', 'bench_prefill', 'bench_decode']
 
 # %% ../../nbs/86_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -257,3 +257,43 @@ def bench_align(
         for change in changes or []: changed(settings, change)
         result = run_bench(teacher, mixers.split(","), source, say=show_progress, **settings)
         show_measured(result, learning_lines(result), file)
+
+# %% ../../nbs/86_run.cli.ipynb #f3c761b0
+Model = Annotated[str, typer.Option(help="A shape such as 50m, 'bundled', a folder, a hub name.")]
+Lengths = Annotated[str, typer.Option(help="Tokens, with commas between.")]
+Changes = Annotated[list[str] | None, typer.Option(
+    "--set", metavar="KEY=VALUE", help="Another setting, e.g. rounds=1.")]
+
+def run_speed(what: str, model: str, lengths: str, chunk: int, changes: list[str] | None,
+              file: Path | None, **settings: Any) -> None:
+    "`bench_prefill` or `bench_decode`, with its rows as they come."
+    from flashmorph.measure import speed
+    from flashmorph.run.recipe import changed
+    with plain_errors():
+        for change in changes or []: changed(settings, change)
+        result = getattr(speed, f"bench_{what}")(
+            model=model, lengths=whole_numbers("--lengths", lengths), chunk=chunk,
+            say=show_progress, **settings)
+        show_measured(result, speed.speed_lines(result), file)
+
+@bench.command("prefill")
+def bench_prefill(
+    model: Model = "50m", mixer: str = "lightning", lengths: Lengths = "512,4096,16384",
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 2048,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: Device = "cpu",
+    changes: Changes = None, file: Json = None,
+) -> None:
+    "Reading texts of growing length: teacher against hybrid, time, memory, cache."
+    run_speed("prefill", model, lengths, chunk, changes, file,
+              mixer=mixer, dtype=dtype, device=device)
+
+@bench.command("decode")
+def bench_decode(
+    model: Model = "50m", mixer: str = "lightning", lengths: Lengths = "512,1024,4096,16384",
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 2048,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: Device = "cpu",
+    changes: Changes = None, file: Json = None,
+) -> None:
+    "Writing behind texts of growing length: teacher against hybrid, time, memory, cache."
+    run_speed("decode", model, lengths, chunk, changes, file,
+              mixer=mixer, dtype=dtype, device=device)
