@@ -11,7 +11,7 @@ from typing import Any
 from .longtasks import ADJECTIVES, NOUNS
 
 # %% auto #0
-__all__ = ['FIRST_NAMES', 'PERSON', 'people', 'made_up_questions', 'check_question', 'read_questions', 'open_questions']
+__all__ = ['FIRST_NAMES', 'PERSON', 'people', 'made_up_questions', 'check_question', 'read_questions', 'open_questions', 'cut_to']
 
 # %% ../nbs/09_questions.ipynb #4a838112
 FIRST_NAMES = """Anna Boris Clara David Elena Felix Greta Hugo Irma Jonas Karin Leo Mara Nils Olga
@@ -82,3 +82,14 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
 def open_questions(task: str, path: str | Path | None) -> list[dict[str, Any]]:
     "The questions of a file; without one, those about made-up people for `qa_1` or `qa_2`."
     return made_up_questions(hops=int(task[-1])) if path is None else read_questions(path)
+
+# %% ../nbs/09_questions.ipynb #6e75f872
+def cut_to(bodies: list[list[int]], keep: int, excess: int) -> bool:
+    """Take `excess` tokens from the ends of the last `bodies`, none from the first `keep`.
+
+    `False` if they have not as many."""
+    for n in range(len(bodies) - 1, keep - 1, -1):
+        cut = min(excess, len(bodies[n]) - 1)
+        bodies[n] = bodies[n][:len(bodies[n]) - cut]
+        excess -= cut
+    return excess <= 0

@@ -5,21 +5,21 @@
 # %% ../../nbs/27_data.haystacks.ipynb #e6a0f32e
 from __future__ import annotations
 import random
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 import torch
-from .passkeys import encode_piece
+from .passkeys import encode_piece, nearest_end
 from .sources import Documents
 from .stories import StoryDocuments, state_value
 from .text import SentenceEnds, check_tokenizer, encode
 from ..longtasks import NOISE, WORDING, answer_pieces
 
 # %% auto #0
-__all__ = ['DEPTHS', 'COMMON', 'anchor_of', 'first_tokens', 'padding', 'Pieces', 'Haystack', 'last_tokens', 'noise_haystack',
-           'enough', 'Background', 'nearest_of', 'draw_gaps', 'put_in', 'list_of_words', 'cut_to', 'Draft', 'drafted',
+__all__ = ['KEPT', 'DEPTHS', 'COMMON', 'anchor_of', 'first_tokens', 'padding', 'Pieces', 'Haystack', 'last_tokens',
+           'noise_haystack', 'enough', 'Background', 'draw_gaps', 'put_in', 'list_of_words', 'Draft', 'drafted',
            'worked', 'Maker', 'Sample']
 
 # %% ../../nbs/27_data.haystacks.ipynb #860c6116
@@ -40,6 +40,9 @@ def padding(tokenizer: Any) -> int:
     ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos")]
     return next((one for one in ids if one is not None), 0)
 
+# %% ../../nbs/27_data.haystacks.ipynb #caf5f306
+KEPT = 2**14      # pieces that are kept
+
 
 class Pieces:
     """Pieces of a text as ids of one tokenizer, each as it stands behind other text.
@@ -59,8 +62,16 @@ class Pieces:
         return self.known[piece]
 
     def many(self, pieces: Sequence[str]) -> list[list[int]]:
-        "The ids of many pieces: in one call, if the tokenizer takes lists."
-        if not getattr(self.tokenizer, "is_fast", False): return [self(piece) for piece in pieces]
+        "The ids of many pieces, encoded in one call if the tokenizer takes lists."
+        new = [piece for piece in pieces if piece not in self.known]
+        made = dict(zip(new, self.encoded(new)))
+        if len(self.known) + len(new) < KEPT: self.known |= made
+        return [made[piece] if piece in made else self.known[piece] for piece in pieces]
+
+    def encoded(self, pieces: Sequence[str]) -> list[list[int]]:
+        "The ids of pieces that are not known yet."
+        if not getattr(self.tokenizer, "is_fast", False) or not pieces:
+            return [encode_piece(self.tokenizer, piece, anchor_of(piece)) for piece in pieces]
         anchors = [anchor_of(piece) for piece in pieces]
         heads = {anchor: encode(self.tokenizer, anchor) for anchor in set(anchors)}
         texts = [anchor + piece for anchor, piece in zip(anchors, pieces)]
@@ -149,13 +160,6 @@ class Background:
         ids = last_tokens(units, count).ids
         return Haystack(ids, [gap for gap in self.ends(ids) if gap < len(ids)] or [0])
 
-# %% ../../nbs/27_data.haystacks.ipynb #2c741bf6
-def nearest_of(places: Sequence[int], place: float) -> int:
-    "The one of the ascending `places` nearest to `place`; the first of two as near."
-    after = bisect_left(places, place)
-    near = places[max(after - 1, 0):after + 1]
-    return min(near, key=lambda one: abs(one - place))
-
 # %% ../../nbs/27_data.haystacks.ipynb #3ccae173
 DEPTHS = 40      # evenly spaced depths that RULER draws from
 
@@ -165,7 +169,7 @@ def draw_gaps(rng: random.Random, hay: Haystack, count: int, by_depth: bool) -> 
     if by_depth:
         depths = sorted(rng.sample(range(DEPTHS), count))
         places = [depth / (DEPTHS - 1) * len(hay.ids) for depth in depths]
-        return [nearest_of(hay.gaps, place) for place in places]
+        return [nearest_end(hay.gaps, place) for place in places]
     if len(hay.gaps) < count: return sorted(rng.choices(hay.gaps, k=count))
     return sorted(rng.sample(hay.gaps, count))
 
@@ -195,7 +199,8 @@ def list_of_words(pieces: Pieces, rng: random.Random, words: Sequence[str],
     common, often = times
     costs = pieces.many([f" {word}" for word in words])
     sizes = list(map(len, costs))
-    heads = pieces.many(["1.", *(f" {n}." for n in range(2, count // 4 + common * COMMON))])
+    most = min(count // 4, common * COMMON + often * len(words))
+    heads = pieces.many(["1.", *(f" {n}." for n in range(2, most + 2))])
     numbers = [0, *accumulate(map(len, heads))]
     # so many other words that the list just fits
     base = common * sum(sizes[:COMMON])
@@ -217,19 +222,12 @@ def list_of_words(pieces: Pieces, rng: random.Random, words: Sequence[str],
     rng.shuffle(chosen)
     return list(chain.from_iterable(head + costs[n] for head, n in zip(heads, chosen)))
 
-# %% ../../nbs/27_data.haystacks.ipynb #918ee996
-def cut_to(bodies: list[list[int]], keep: int, excess: int) -> None:
-    "Take `excess` tokens from the ends of the last `bodies`, none from the first `keep`."
-    for n in range(len(bodies) - 1, keep - 1, -1):
-        cut = min(excess, len(bodies[n]) - 1)
-        bodies[n] = bodies[n][:len(bodies[n]) - cut]
-        excess -= cut
-
 # %% ../../nbs/27_data.haystacks.ipynb #f2153121
 @dataclass(frozen=True)
 class Draft:
     "A prompt before its context is filled, in token ids."
-    opening: list[int]
+    start: list[int]            # the opening at the beginning of a text
+    opening: list[int]          # the same behind other text
     question: list[int]         # up to the beginning of the answer
     answer: list[int]
     marks: list[int]            # of each answer token: the number of its reference, or 0
@@ -242,7 +240,8 @@ class Draft:
     @property
     def shortest(self) -> int:
         "Tokens of the shortest prompt, with the room for its answer."
-        return len(self.opening) + len(self.question) + self.room + self.least
+        opening = max(len(self.start), len(self.opening))
+        return opening + len(self.question) + self.room + self.least
 
 # %% ../../nbs/27_data.haystacks.ipynb #7c8ef306
 def drafted(pieces: Pieces, kind: str, references: Sequence[str], least: int,
@@ -257,14 +256,15 @@ def drafted(pieces: Pieces, kind: str, references: Sequence[str], least: int,
         ids = pieces(piece) if number == 0 else encode_piece(pieces.tokenizer, piece)
         answer += ids
         marks += [number] * len(ids)
-    return Draft(pieces(wording.opening.format(**blanks)),
+    opening = wording.opening.format(**blanks)
+    return Draft(encode(pieces.tokenizer, opening), pieces(opening),
                  encode_piece(pieces.tokenizer, question, anchor_of(question)), answer, marks,
                  tuple(references), max(wording.room, len(answer)), least, fill)
 
 # %% ../../nbs/27_data.haystacks.ipynb #7cfaaf49
 def worked(draft: Draft, count: int) -> list[int]:
     "A prompt with a context of `count` tokens, and behind it the answer: an example for the model."
-    return draft.opening + draft.fill(count)[0] + draft.question + draft.answer
+    return draft.start + draft.fill(count)[0] + draft.question + draft.answer
 
 # %% ../../nbs/27_data.haystacks.ipynb #30d770f7
 @dataclass(frozen=True)

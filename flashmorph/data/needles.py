@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from .files import SourceConfig
 from .haystacks import (
-    COMMON, Background, Draft, Haystack, Maker, Pieces, Sample, cut_to, draw_gaps, drafted, enough,
+    COMMON, Background, Draft, Haystack, Maker, Pieces, Sample, draw_gaps, drafted, enough,
     last_tokens, list_of_words, noise_haystack, put_in, worked)
 from .sources import open_source
 from .stories import digest, state_value
@@ -22,7 +22,7 @@ from .text import MOST, tokenizer_fingerprint
 from ..longtasks import (
     ADJECTIVES, NIAH, NOUNS, TooShort, check_task, draw_distinct, draw_needles, draw_variables,
     fitting_counts, kind_of, other_needles, zeta_counts)
-from ..questions import open_questions
+from ..questions import cut_to, open_questions
 from ..settings import setting
 
 # %% auto #0
@@ -99,9 +99,9 @@ def draw_common(maker: Maker, rng: random.Random, example: bool = False) -> Draf
     "A draft of common words; with the short list of an `example`."
     pieces = maker.pieces
     pool = word_pool(rng, pieces, 0 if example else maker.length, times=3)
-    # long lists, if there is room for them
+    # long lists, where they take at most half of the length
     times = (30, 3)
-    brief = maker.length < SHORT or least_list(pieces, pool, times) > maker.length * 3 // 4
+    brief = maker.length < SHORT or least_list(pieces, NOUNS, times) > maker.length // 2
     if brief: times = (6, 1)
     if example:
         times = (3, 1) if brief else (10, 3)
@@ -156,7 +156,7 @@ def draw_question(maker: Maker, rng: random.Random) -> Draft:
             found += pieces.many([next(drawn)])
             titles += pieces.many([f"Document {len(found)}:\n"])
             total += len(found[-1]) + len(titles[-1]) + len(end)
-        cut_to(found, len(own), total - count)
+        if not cut_to(found, len(own), total - count): found.pop()
         order = rng.sample(range(len(found)), len(found))
         parts = [title + found[n] + end for title, n in zip(titles, order)]
         starts = list(accumulate(map(len, parts), initial=0))
@@ -230,7 +230,7 @@ class PromptWriter:
             before = self.maker.pieces.bos + example
             if len(before) + draft.shortest <= length: break
         else: raise TooShort(self.maker.task, length, len(before) + draft.shortest)
-        head = before + draft.opening
+        head = before + (draft.opening if example else draft.start)
         ids, starts = draft.fill(length - len(head) - len(draft.question) - draft.room)
         prompt = head + ids + draft.question
         depths = [(len(head) + start) / len(prompt) for start in starts]

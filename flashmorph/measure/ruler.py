@@ -76,8 +76,8 @@ def in_batches(samples: Sequence[Sample], size: int,
         batch = samples[done:done + size]
         try: found = work(batch)
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error): raise
-            size //= 2
+            if len(batch) == 1 or not is_out_of_memory(error): raise
+            size = len(batch) // 2
             continue
         done += len(batch)
         yield found
