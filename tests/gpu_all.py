@@ -576,38 +576,21 @@ def smollm2(job: Job) -> None:
 
 # generate
 
-def cache_bytes(cache: Any) -> int:
-    "The bytes of all tensors in a cache: keys and values, or states."
-    import torch
-    total = 0
-    for layer in cache.layers:
-        for kept in vars(layer).values():
-            several = kept.values() if isinstance(kept, dict) else kept
-            found = several if isinstance(kept, dict | list | tuple) else [kept]
-            total += sum(x.nbytes for x in found if isinstance(x, torch.Tensor))
-    return total
-
-
 def generated(job: Job, model: Any, length: int) -> dict[str, Any]:
     "Read a random prompt in chunks, then write some tokens."
     import torch
     from transformers import DynamicCache
+
+    from flashmorph.measure.pace import cache_bytes, clock, read_prompt, write_tokens
     ids = torch.randint(model.config.vocab_size, (1, length), device=job.device)
     cache = DynamicCache(config=model.config)
     job.forget_peak()
-    with torch.no_grad():
-        began = job.now()
-        for part in ids.split(job.sizes.chunk, 1):
-            out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        prefill = job.now() - began
-        held = cache_bytes(cache)
-        # one token after the other
-        taken = []
-        for _ in range(job.sizes.decoded):
-            token = out.logits[:, -1:].argmax(-1)
-            began = job.now()
-            out = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            taken.append(job.now() - began)
+    began = job.now()
+    token = read_prompt(model, ids, cache, job.sizes.chunk)
+    prefill = job.now() - began
+    held = cache_bytes(cache)
+    # one token after the other
+    _, taken = write_tokens(model, token, cache, job.sizes.decoded, clock(job.device))
     return {"prefill_s": prefill, "decode_ms": 1e3 * statistics.median(taken),
             "cache_bytes": held, "peak_gib": job.peak_gib()}
 
