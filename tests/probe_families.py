@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import LAYERS, causal_types, randomised, tiny_model
+from tiny_models import causal_types, randomised, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
@@ -147,7 +147,7 @@ def identity(morphed: Any, teacher: Any) -> float:
 
 def all_kept(morphed: Any, teacher: Any) -> float:
     "With every layer kept, the hybrid generates what the teacher does."
-    ids, hybrid = random_ids(), morphed.commit(range(LAYERS))
+    ids, hybrid = random_ids(), morphed.commit(range(morphed.num_layers))
     kwargs = dict(input_ids=ids)
     return 0.0 if torch.equal(generated(hybrid, **kwargs), generated(teacher, **kwargs)) else 1.0
 
@@ -168,16 +168,15 @@ def round_trip(hybrid: Any) -> float:
     return 0.0 if torch.equal(loaded(ids, use_cache=False).logits, before) else 1.0
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+
+
 def outcome(check: Callable, *args: Any) -> str | None:
     "What is wrong, or None."
     try: error = check(*args)
-    except Exception as problem:
-        return f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
+    except Exception as problem: return first_line(problem)
     return None if error <= TOLERANCE else f"apart by {error:.2g}"
-
-
-def committed(morphed: Any, full: list[int], check: Callable) -> float:
-    return check(morphed.commit(full))
 
 
 def problems(teacher: Any, mixer: str, spared: set[str]) -> Iterator[tuple[str, str]]:
@@ -187,8 +186,12 @@ def problems(teacher: Any, mixer: str, spared: set[str]) -> Iterator[tuple[str, 
     for check in (identity, all_kept, all_linear):
         if problem := outcome(check, morphed, teacher): yield f"{mixer}: {check.__name__}", problem
     for full in CHOICES:
+        try: hybrid = morphed.commit(full)
+        except Exception as error:
+            yield f"{mixer}: commit {full}", first_line(error)
+            continue
         for check in (*ALONE, round_trip):
-            problem = outcome(committed, morphed, full, check)
+            problem = outcome(check, hybrid)
             if problem and check.__name__ not in spared:
                 yield f"{mixer}: {check.__name__} with {full} full", problem
 
@@ -197,11 +200,11 @@ def probe(model_type: str, mixers: tuple[str, ...] = MIXERS) -> dict[str, Any]:
     "What comes of one type: not built, refused, right or wrong; and why."
     try: teacher = tiny_model(model_type)
     except Exception as error:
-        return {"result": "not built", "why": f"{type(error).__name__}: {error}"}
+        return {"result": "not built", "why": first_line(error)}
     try: morph(teacher)
     except ValueError as error: return {"result": "refused", "why": reason(error)}
     except Exception as error:
-        return {"result": "wrong", "why": f"raw {type(error).__name__} at morph: {error}"}
+        return {"result": "wrong", "why": {"morph": first_line(error)}}
     # what the teacher cannot do is not asked of the hybrid
     unable = {check.__name__: outcome(check, teacher) for check in ALONE}
     spared = {name for name, problem in unable.items() if problem}

@@ -5,16 +5,21 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+)
 
 from families import FAMILIES, close, shake, teacher, tokens
-from flashmorph.model import hosts, layers, parts
+from flashmorph.model import branches, hosts, layers, parts
 from flashmorph.model.cache import StateLayer
 from flashmorph.model.mixers import Lightning, MixerDims, make_mixer
 from flashmorph.model.morph import morph
 from flashmorph.ops import reference
 from probe_families import padded
-from tiny_models import tiny_model
+from tiny_models import randomised, tiny_config, tiny_model
 
 family = pytest.mark.parametrize("name", list(FAMILIES))
 SMALL = dict(
@@ -62,7 +67,8 @@ UNSUPPORTED = {
     "deepseek_v32": SMALL,
     "bert": dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48),
 }
-INTERFACE, KEYWORDS = "attention interface once", "keywords given to the model do not reach"
+INTERFACE = "none of its layers uses transformers' attention interface"
+KEYWORDS = "keywords given to the model do not reach"
 SLOT = "keeps a past in the same slot of the cache"
 WHY = dict(
     bloom=INTERFACE,
@@ -118,6 +124,96 @@ def test_unsupported(name):
         morph(model)
     assert WHY[name] in str(error.value)
     assert re.search("Supported families: gemma2, .*qwen3_moe", str(error.value))
+
+
+# Families that only show in a trial of linear layers, or in none of their modules.
+UNLIKE = {
+    "gemma3n_text": "a trial failed",  # layers share keys and values
+    "blt": "names no number of layers",
+    "bart": "more than one attention each",
+    "qwen3_next": "only layers",
+    "emu3": "AutoModelForCausalLM knows no model for a Emu3TextConfig",
+}
+
+
+@pytest.mark.parametrize("name", list(UNLIKE))
+def test_unlike_a_decoder(name):
+    with pytest.raises(ValueError, match="cannot be converted: ") as error:
+        morph(tiny_model(name))
+    assert UNLIKE[name] in str(error.value)
+
+
+AHEAD = {
+    "bert": {},
+    "llama": dict(is_causal=False),
+    "gemma3_text": dict(use_bidirectional_attention=True),
+    "qwen3": dict(is_causal=False),
+}
+
+
+@pytest.mark.parametrize("name", list(AHEAD))
+def test_models_that_look_ahead_are_refused(name):
+    "Whatever says so (problem 5); and the same family as a decoder is not."
+    with pytest.raises(ValueError, match="looks ahead"):
+        morph(tiny_model(name, **AHEAD[name]))
+    morph(tiny_model(name, **(dict(is_decoder=True) if name == "bert" else {})))
+
+
+def test_half_precision_is_no_reason_to_refuse():
+    for name in ("llama", "qwen3_moe", "gemma2"):
+        morph(tiny_model(name).bfloat16())
+
+
+def test_a_teacher_with_hooks_of_accelerate():
+    "As device_map has with several devices (problem 11): the same model with and without."
+    from accelerate import dispatch_model
+
+    plain, hooked = tiny_model("llama"), tiny_model("llama")
+    dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
+    ids = torch.randint(6, 151, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for full in ([1, 3], []):
+            outputs = [morph(model).commit(full)(ids).logits for model in (plain, hooked)]
+            assert torch.equal(*outputs)
+        assert torch.equal(morph(hooked)(ids).logits, plain(ids).logits)
+
+
+WRAPPERS = {
+    "gemma3": ("Gemma3ForCausalLM", dict(num_hidden_layers=4)),
+    "mistral3": ("MistralForCausalLM", {}),
+    "llava": ("LlamaForCausalLM", {}),
+}
+
+
+@pytest.mark.parametrize("name", list(WRAPPERS))
+def test_the_language_model_inside(name, tmp_path):
+    "Of a model that sees pictures (problem 12): found, converted, saved and loaded."
+    model = wrapper(name)
+    ids = torch.randint(6, 151, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).logits
+        alone = branches.text_model(model)
+        assert type(alone).__name__ == WRAPPERS[name][0]
+        assert torch.equal(alone(ids).logits, before)
+        assert alone.get_input_embeddings() is model.get_input_embeddings()
+        morphed = morph(model)
+        assert torch.equal(morphed(ids).logits, before)
+        hybrid = morphed.commit([1, 3])
+        hybrid.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(ids).logits, hybrid(ids).logits)
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_no_language_model_inside():
+    with pytest.raises(ValueError, match="no causal language model around its Qwen3VLTextModel"):
+        morph(wrapper("qwen3_vl"))
+
+
+def wrapper(name):
+    "A tiny model that sees pictures."
+    config = tiny_config(name)
+    return randomised(AutoModelForImageTextToText.from_config(config).eval())
 
 
 def test_a_model_that_hides_its_sizes_is_refused():

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from flashmorph.model.branches import (
-    MorphLayer, after_each, branch_error, check_rows, check_teacher, finish, share,
+    MorphLayer, after_each, branch_error, check_rows, check_teacher, finish, share, text_model,
+    try_layers,
 )
 from .hosts import Site, check_host
 from .hybrid import HybridConfig, HybridForCausalLM
@@ -274,7 +275,7 @@ class MorphableModel(nn.Module):
 
 # %% ../../nbs/36_model.morph.ipynb #9661f999
 def morph(
-    teacher: PreTrainedModel,  # a decoder of a supported family; it is not changed
+    teacher: PreTrainedModel,  # a decoder, or a model around one; it is not changed
     mixer: str = "lightning",  # name of a mixer, perhaps with options: `gdn(conv=4)`
     **options: bool | int | float | str,  # options of the mixer, the same as in its name
 ) -> MorphableModel:  # every gate at 1, so equal to the teacher
@@ -288,7 +289,9 @@ def morph(
         raise TypeError(f"mixer: expected the name of a mixer, such as 'gdn', got {mixer!r}")
     spec = mixer_spec(mixer, **options)
     check_teacher(teacher)
+    teacher = text_model(teacher)
     sites = check_host(teacher)
+    try_layers(teacher, sites, spec)
     host = share(teacher)
     add_branches(host, spec, sites)
     return MorphableModel(host, spec).train(teacher.training)

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['HALF', 'SCALED', 'repeat_heads', 'lightning_log_decay', 'decays_for', 'GatedNorm', 'convolve_heads', 'in_dtype',
-           'first_dtype', 'foreign_dtype', 'no_rotation', 'check_rotary', 'check_logit_scale', 'check_full',
-           'own_config', 'adapt_full']
+           'first_dtype', 'foreign_dtype', 'in_format', 'saved_format', 'no_rotation', 'check_rotary',
+           'check_logit_scale', 'check_full', 'own_config', 'adapt_full']
 
 # %% ../../nbs/29_model.parts.ipynb #4d1af10d
-import copy, inspect, math, sys
+import contextlib, copy, inspect, math, sys
+from collections.abc import Iterator
 from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..ops.conv import ShortConv
 
@@ -105,6 +106,26 @@ def foreign_dtype(attn: Any, hidden: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(hidden.device.type): return None
     own = first_dtype(attn)
     return None if own == hidden.dtype else own
+
+# %% ../../nbs/29_model.parts.ipynb #02839488
+@contextlib.contextmanager
+def in_format(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    "Inside, the weights of `model` are in `dtype`, but for those that 16 bits would spoil."
+    exact = model._keep_in_fp32_modules_strict or set() if dtype in HALF else set()
+    before = []
+    for name, p in model.named_parameters():
+        if p.dtype == dtype or name.split(".")[-1] in exact: continue
+        before.append((p, p.data))
+        p.data = p.data.to(dtype)
+    try: yield
+    finally:
+        for p, data in before: p.data = data
+
+
+def saved_format(model: PreTrainedModel) -> torch.dtype:
+    "The format to save in: the model's own, but the teacher's 16 bits for what trained in float32."
+    wanted = getattr(torch, str(model.config.dtype).removeprefix("torch."), None)
+    return wanted if wanted in HALF and model.dtype == torch.float32 else model.dtype
 
 # %% ../../nbs/29_model.parts.ipynb #15e05e36
 def no_rotation(kwargs: dict) -> dict:
