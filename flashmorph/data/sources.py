@@ -152,6 +152,8 @@ def open_stream(name: str, *arguments: Any, **options: Any) -> Any:
     try: return datasets.load_dataset(*arguments, streaming=True, **options)
     except OSError as e:
         hint = " Set HF_HOME to a folder where `datasets` can keep its cache." if e.filename else ""
+        if isinstance(e, ConnectionError):
+            hint = " Is the network in reach? A local file or folder needs none."
         raise OSError(f"text source {name} cannot be read: {first_line(e)}.{hint}") from e
     except Exception as e:
         raise ValueError(f"text source {name} cannot be read: {first_line(e)}") from e
