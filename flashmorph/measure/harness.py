@@ -35,7 +35,7 @@ def check_request(tokens: int, most: int) -> None:
                      "the task out, take fewer examples (num_fewshot), or cut requests on the left "
                      "as the library does by default (truncate)")
 
-# %% ../../nbs/58_measure.harness.ipynb #bcaa25f4
+# %% ../../nbs/58_measure.harness.ipynb #ca01d053
 @cache
 def model_class() -> Any:
     "The library's class for models of transformers, which looks at the length of requests first."
@@ -46,8 +46,10 @@ def model_class() -> Any:
         cut = False         # on the left?
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            for _, context, continuation in requests if not self.cut else ():
-                check_request(len(context) + len(continuation) - 1, self.max_length)
+            for _, context, continuation in requests:
+                # of a request only the context may be cut
+                kept = 1 if self.cut else len(context)
+                check_request(kept + len(continuation) - 1, self.max_length)
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,17 +98,20 @@ def task_scores(name: str, metrics: Mapping[str, Any], task: Any = None,
         else: found[title] = Score(value, count=metrics.get("sample_len", 0), of="documents")
     return found
 
-# %% ../../nbs/58_measure.harness.ipynb #e7befd8a
+# %% ../../nbs/58_measure.harness.ipynb #2546c6bb
 def run_task(lm: Any, task: Any, config: HarnessConfig, folder: Path | None) -> dict[str, Any]:
     "The numbers, version and scores of one task; answers and requests are kept in `folder`."
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
     name = task.config.task
+    # the task is at hand: the library need not look for thousands of others
+    manager = TaskManager(include_defaults=False)
     kept = {} if folder is None else {"use_cache": str(folder / "answers")}
     while True:
         try:
             results = simple_evaluate(
-                lm, tasks=[task], num_fewshot=config.num_fewshot, limit=config.limit,
-                bootstrap_iters=1000, apply_chat_template=config.chat,
+                lm, tasks=[task], task_manager=manager, num_fewshot=config.num_fewshot,
+                limit=config.limit, bootstrap_iters=1000, apply_chat_template=config.chat,
                 fewshot_random_seed=config.seed, cache_requests=bool(kept) and not config.limit,
                 **kept)
             break
@@ -202,7 +207,7 @@ def group_scores(groups: Mapping[str, Any],
         if any("," in key for key in added): found[name] = {"metrics": dict(added)}
     return found
 
-# %% ../../nbs/58_measure.harness.ipynb #f49c6991
+# %% ../../nbs/58_measure.harness.ipynb #7dadeece
 def lm_eval(model: nn.Module, tokenizer: Any, tasks: str | Sequence[str], *,
             folder: str | os.PathLike | None = None, say: Callable[[str], Any] = lambda line: None,
             **settings: Any) -> HarnessResult:
@@ -215,13 +220,13 @@ def lm_eval(model: nn.Module, tokenizer: Any, tasks: str | Sequence[str], *,
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     config = HarnessConfig.make(settings, tasks=[name.strip() for name in names])
     loaded, groups = load_tasks(config)
+    host_of(model)
+    training = model.training
     lm = harness_model(model, tokenizer, config)
     place = None if folder is None else Path(folder)
     facts = model_facts(model, tokenizer, config) if place else {}
     # one task after another
     done: dict[str, dict[str, Any]] = {}
-    training = model.training
-    model.eval()
     try:
         for n, (name, task) in enumerate(loaded.items(), 1):
             say(f"lm-eval: {name}, task {n} of {len(loaded)}")
