@@ -20,6 +20,7 @@ from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
 from flashmorph.model.mixers import Mixer, mixer_names, register_mixer
 from flashmorph.model.morph import MorphableModel, morph
 from flashmorph.model.teacher import load_model, load_teacher
+from flashmorph.run.models import evaluate_models
 from flashmorph.selection import Ranking, Selection
 from flashmorph.train.align import align
 from flashmorph.train.distill import distill, finetune
@@ -44,7 +45,7 @@ def __getattr__(name: str):
 __all__ = [
     "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
-    "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate", "finetune",
-    "lm_eval", "load_model", "load_teacher", "mixer_names", "morph", "needles", "passkeys", "plan",
-    "register_mixer", "ruler", "text", "train_gates", "uniform",
+    "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate",
+    "evaluate_models", "finetune", "lm_eval", "load_model", "load_teacher", "mixer_names", "morph",
+    "needles", "passkeys", "plan", "register_mixer", "ruler", "text", "train_gates", "uniform",
 ]

@@ -4,17 +4,20 @@
 
 # %% ../nbs/05_ledger.ipynb #4184e4fa
 from __future__ import annotations
-import hashlib, json
-from collections.abc import Collection, Iterator, Mapping
+import hashlib, json, os, tomllib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 import torch
-from .folder import Run
+from .folder import Run, is_run
 from .selection import Selection
 from .store import checksum, read_json, write_aside
 
 # %% auto #0
 __all__ = ['Facts', 'differences', 'short_hash', 'model_fingerprint', 'would_be_again', 'Ledger', 'check_choice', 'chosen',
-           'scores_in', 'read_scores', 'check_finite', 'check_finished', 'is_finished', 'adopt']
+           'scores_in', 'read_scores', 'check_finite', 'check_finished', 'is_finished', 'adopt', 'find_run', 'Training',
+           'read_training', 'same_source']
 
 # %% ../nbs/05_ledger.ipynb #419d289f
 Facts = dict[str, Any]
@@ -166,3 +169,45 @@ def adopt(run: Run, facts: Mapping[str, Facts]) -> None:
     ledger = Ledger(run, read_scores(run))
     ledger.stages = {stage: facts[stage] for stage in facts if ledger.begun(stage)}
     ledger.write()
+
+# %% ../nbs/05_ledger.ipynb #13dacd77
+def find_run(name: str) -> tuple[str, Path | None]:
+    "The model that a name means, and the run that made the model. A run means its hybrid."
+    path = Path(os.path.expanduser(name))
+    if path.is_dir() and is_run(path): return str(path / "hybrid"), path
+    if path.is_dir() and is_run(path.parent): return str(path), path.parent
+    return name, None
+
+# %% ../nbs/05_ledger.ipynb #402cc4c6
+@dataclass(frozen=True)
+class Training:
+    "What a run says of the training of its hybrid: `tokens` of all stages, if they were counted."
+    teacher: str
+    sources: tuple[str, ...]        # of text and books
+    tokens: int | None = None
+
+
+def read_training(run: Path) -> Training:
+    "From the recipe and the results of a run. Raises `ValueError` if the recipe cannot be read."
+    try: recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run / 'recipe.toml'} cannot be read: {error}") from error
+    sources: list[str] = []
+    for table in ("text", "passkeys"):
+        source = recipe.get(table, {}).get("source", "stories")
+        sources += [source] if isinstance(source, str) else source
+    # the tokens of all stages
+    spent: dict[str, Any] = {}
+    if (run / "results.json").is_file():
+        spent = read_json(run, "the results of a run", "results.json").get("spent") or {}
+    tokens = [stage["tokens"] for stage in spent.values() if stage.get("tokens")]
+    known = tuple(dict.fromkeys(sources))
+    return Training(recipe.get("teacher", "bundled"), known, int(sum(tokens)) if tokens else None)
+
+# %% ../nbs/05_ledger.ipynb #2fa25838
+def same_source(source: str | tuple[str, ...], trained: Iterable[str]) -> bool:
+    "Whether one of the files or datasets of `source` was trained on."
+    def place(name: str) -> str: return os.path.realpath(os.path.expanduser(name))
+    names = [source] if isinstance(source, str) else source
+    known = {place(name) for name in trained}
+    return any(place(name) in known for name in names)

@@ -4,14 +4,15 @@
 
 # %% ../nbs/07_scores.ipynb #813de846
 from __future__ import annotations
-import math, random, statistics
+import itertools, math, random, statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-from .results import NONE, nats, percent, rounded
+from .results import NONE, RecallGrid, amount, nats, percent, rounded
 
 # %% auto #0
-__all__ = ['Z', 'in_unit', 'Score', 'with_error', 'mean_score', 'perplexity', 'bootstrap', 'read_score']
+__all__ = ['Z', 'in_unit', 'Score', 'with_error', 'mean_score', 'perplexity', 'bootstrap', 'read_score', 'ModelScores',
+           'Comparison', 'read_model_scores', 'read_comparison', 'described', 'bases']
 
 # %% ../nbs/07_scores.ipynb #222c9e1c
 def in_unit(value: float | None, unit: str) -> str:
@@ -99,3 +100,85 @@ def read_score(record: Mapping[str, Any]) -> Score:
     if not isinstance(record, Mapping) or not {"value"} <= record.keys() <= {*names}:
         raise ValueError(f"expected a score with {', '.join(names)}; got {record!r:.80}")
     return Score(**record)
+
+# %% ../nbs/07_scores.ipynb #1dffbf06
+@dataclass(frozen=True)
+class ModelScores:
+    """What was measured of one model.
+
+    `scores` by name; `positions`: perplexity by stretch of positions; `cells`: recall by length and
+    depth, with intervals; `ruler` as `RulerScores.record` gives it."""
+    name: str
+    facts: dict[str, Any]
+    scores: dict[str, Score]
+    positions: dict[str, Score] = field(default_factory=dict)
+    grid: RecallGrid | None = None
+    cells: dict[str, Score] = field(default_factory=dict)
+    ruler: dict[str, Any] | None = None
+
+# %% ../nbs/07_scores.ipynb #9338ca3f
+@dataclass(frozen=True)
+class Comparison:
+    "Models side by side; `settings` say what was read."
+    models: tuple[ModelScores, ...]
+    settings: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        "Every score that any model has, in order."
+        return list(dict.fromkeys(itertools.chain(*(model.scores for model in self.models))))
+
+    @property
+    def comparable(self) -> bool:
+        "Whether all models have one tokenizer: losses per token compare only then."
+        return len({model.facts.get("tokenizer") for model in self.models}) <= 1
+
+    def record(self) -> dict[str, Any]:
+        "For a JSON file; `read_comparison` reads it."
+        return {"settings": self.settings, "models": [asdict(model) for model in self.models]}
+
+# %% ../nbs/07_scores.ipynb #ac15c920
+def read_model_scores(record: Mapping[str, Any]) -> ModelScores:
+    "`ModelScores` from what `asdict` made of them. Raises `KeyError` or `TypeError` for others."
+    def scores(key: str) -> dict[str, Score]:
+        return {name: read_score(score) for name, score in record[key].items()}
+    grid = record["grid"]
+    if grid is not None:
+        grid = RecallGrid(tuple(grid["lengths"]), tuple(map(tuple, grid["recall"])),
+                          tuple(map(tuple, grid["counts"])))
+    return ModelScores(record["name"], record["facts"], scores("scores"), scores("positions"), grid,
+                       scores("cells"), record["ruler"])
+
+
+def read_comparison(record: Mapping[str, Any]) -> Comparison:
+    "From what `Comparison.record` gave. Raises `ValueError` for anything else."
+    try: return Comparison(tuple(map(read_model_scores, record["models"])), record["settings"])
+    except (KeyError, TypeError) as error:
+        raise ValueError("expected what `flashmorph evaluate --json` writes, "
+                         f"got {record!r:.80}") from error
+
+# %% ../nbs/07_scores.ipynb #c8a00dff
+def described(model: ModelScores) -> str:
+    "What is known of a model, in a line: teacher, layers, tokens of the training, the text."
+    facts = model.facts
+    parts = [f"{amount(facts.get('parameters'), 'count')} parameters"]
+    full, layers = facts.get("full_layers"), facts.get("num_layers")
+    if full is not None:
+        parts.insert(0, f"hybrid of {facts.get('teacher') or 'an unknown teacher'}")
+        kept = f"{len(full)} of {layers} layers {full}"
+        parts.append(f"{facts.get('mixer')}, full attention in {kept}")
+        tokens = facts.get("trained_tokens")
+        trained = "unknown" if tokens is None else amount(tokens, "count")
+        parts.append(f"tokens of the conversion: {trained}")
+    else: parts.append(f"{layers} layers")
+    return f"{model.name}: {', '.join(parts)}. Text: {facts.get('text', 'unknown')}."
+
+# %% ../nbs/07_scores.ipynb #c3e66b4d
+def bases(comparison: Comparison) -> list[str]:
+    "What the intervals rest on, a line for each way: `standard error over 64 books: recall`."
+    found: dict[str, list[str]] = {}
+    for model in comparison.models:
+        for name, score in model.scores.items():
+            names = found.setdefault(score.basis, [])
+            if name not in names: names.append(name)
+    return [f"{basis}: {', '.join(names)}" for basis, names in found.items()]

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/51_measure.evaluate.ipynb #1fbe4443
 from __future__ import annotations
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 import torch
@@ -156,7 +156,7 @@ def evaluate_text(model: nn.Module, blocks: Iterable[dict[str, torch.Tensor]], c
     return torch.cat(nll).mean().item()
 
 # %% ../../nbs/51_measure.evaluate.ipynb #ad5b7e3d
-def book_scores(model: nn.Module, books: Sequence[dict[str, torch.Tensor]],
+def book_scores(model: nn.Module, books: Iterable[dict[str, torch.Tensor]],
                 batch_size: int = 8) -> dict[str, list[float]]:
     "`recall`, `exact` and `answer_nll` of `model` on each of `books`."
     device = next(model.parameters()).device
@@ -174,7 +174,7 @@ def book_scores(model: nn.Module, books: Sequence[dict[str, torch.Tensor]],
     return found
 
 # %% ../../nbs/51_measure.evaluate.ipynb #17f50073
-def text_losses(model: nn.Module, rows: Sequence[dict[str, torch.Tensor]],
+def text_losses(model: nn.Module, rows: Iterable[dict[str, torch.Tensor]],
                 batch_size: int = 8) -> torch.Tensor:
     "The loss of `model`, in nats, at each token but the first of `rows` of T tokens: (R, T - 1)."
     device = next(model.parameters()).device

@@ -16,7 +16,7 @@ from ..results import RecallGrid
 
 # %% auto #0
 __all__ = ['first_place', 'answer_depths', 'right_answers', 'answers_by_depth', 'grid_of', 'checked_lengths', 'answers_by_cell',
-           'recall_map']
+           'recall_cells', 'recall_map']
 
 # %% ../../nbs/52_measure.recall.ipynb #d610ff6a
 def first_place(words: Tensor, text: Tensor) -> int | None:
@@ -98,23 +98,32 @@ def answers_by_cell(
     return cells
 
 # %% ../../nbs/52_measure.recall.ipynb #b2f1d608
-def recall_map(model: nn.Module, tokenizer: Any, lengths: Sequence[int] = (128, 256, 512),
-               depths: int = 5, *, books: int = 32, keys: int = 2, words_per_key: int = 6,
-               batch_size: int = 8, seed: int = HELD_OUT, **source: Any) -> RecallGrid:
-    """The `RecallGrid` of `model` from `books` held-out passkey books of each of `lengths`.
-
-    Each book asks for `keys` passkeys; `source` and its settings are those of `SourceConfig`.
-    Deterministic for a `seed`. Raises `ValueError` if a length cannot hold the passkeys, and for
-    fewer than one depth or length."""
+def recall_cells(
+    model: nn.Module, tokenizer: Any, lengths: tuple[int, ...], depths: int, *, books: int = 32,
+    keys: int = 2, words_per_key: int = 6, batch_size: int = 8, seed: int = HELD_OUT, **source: Any,
+) -> dict[tuple[int, int], list[float]]:
+    "The answers that a map of recall counts, by cell `(depth, column)`; see `recall_map`."
     # everything that can be wrong is found before anything is read
     depths = whole_number("depths", depths)
     count = whole_number("books", books)
-    lengths = checked_lengths(lengths)
     task = {"keys": keys, "words_per_key": words_per_key, "seed": seed, **source}
     columns = [passkeys(tokenizer, length=n, held_out=True, **task) for n in lengths]
     # the answers, without dropout
     training = model.training
     model.eval()
-    try: cells = answers_by_cell(model, columns, depths, batch_size, count)
+    try: return answers_by_cell(model, columns, depths, batch_size, count)
     finally: model.train(training)
-    return grid_of(lengths, depths, cells)
+
+
+# %% ../../nbs/52_measure.recall.ipynb #d8b7746a
+def recall_map(model: nn.Module, tokenizer: Any, lengths: Sequence[int] = (128, 256, 512),
+               depths: int = 5, **settings: Any) -> RecallGrid:
+    """The `RecallGrid` of `model` from held-out passkey books of each of `lengths`.
+
+    `settings` are those of `recall_cells`: `books` (32) of each length ask for `keys` (2) passkeys
+    of `words_per_key` (6) words each, in batches of `batch_size` (8); where the text is as in
+    `SourceConfig`. Deterministic for a `seed`. Raises `ValueError` if a length cannot hold the
+    passkeys, and for fewer than one depth or length."""
+    columns = checked_lengths(lengths)
+    cells = recall_cells(model, tokenizer, columns, depths, **settings)
+    return grid_of(columns, depths, cells)

@@ -4,20 +4,22 @@
 
 # %% ../../nbs/77_show.compare.ipynb #dd12aadc
 from __future__ import annotations
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 import plotly.graph_objects as go
 import traitlets as T
 from ..choose.trajectory import GateRun
 from ..results import RecallGrid
+from ..scores import Comparison, ModelScores, Score
 from ..selection import Ranking, Selection, budget_or_quarter, check_budget
 from .figures import selection_figure
-from .look import Figure, styled
+from .look import ABOVE, OKABE_ITO, Figure, styled
 from .measured import recall_figure
 from .widget import Widget, allowed, layers_of, method_sets, script
 
 # %% auto #0
-__all__ = ['SelectionCompare', 'RecallMap']
+__all__ = ['SelectionCompare', 'RecallMap', 'scores_figure', 'positions_figure']
 
 # %% ../../nbs/77_show.compare.ipynb #b38c5be6
 def _num_layers(methods: Mapping[str, Any], given: int | None) -> int:
@@ -111,3 +113,51 @@ class RecallMap(Widget):
 
     def __str__(self) -> str:
         return "\n".join(f"{name}\n{grid}" for name, grid in self.grids.items())
+
+# %% ../../nbs/77_show.compare.ipynb #c35e06c5
+def _bar(scores: Sequence[Score]) -> dict[str, Any]:
+    "The error bars of scores, as plotly has them."
+    above = [None if s.high is None else s.high - s.value for s in scores]
+    below = [None if s.low is None else s.value - s.low for s in scores]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+
+
+def _shares(model: ModelScores) -> dict[str, Score]:
+    "The scores of a model that are shares."
+    return {name: score for name, score in model.scores.items() if score.unit == "share"}
+
+
+def scores_figure(comparison: Comparison) -> Figure:
+    "The shares that were measured of each model, with their intervals."
+    fig = go.Figure()
+    for i, model in enumerate(comparison.models):
+        found = _shares(model)
+        values = [score.value for score in found.values()]
+        fig.add_scatter(
+            x=values, y=list(found), name=html.escape(model.name), mode="markers",
+            error_x=_bar(list(found.values())),
+            marker={"size": 9, "color": OKABE_ITO[i % 7]},
+            text=[str(score) for score in found.values()],
+            hovertemplate="<b>%{y}</b><br>%{text}")
+    drawn = set().union(*map(_shares, comparison.models))
+    names = [name for name in comparison.names if name in drawn]
+    fig.update_xaxes(range=[-.02, 1.02], tickformat=".0%")
+    fig.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    fig = styled(fig, "Scores, with 95% intervals", 150 + 34 * max(3, len(names)))
+    return fig.update_layout(legend=ABOVE, margin={"t": 82}, scattermode="group")
+
+# %% ../../nbs/77_show.compare.ipynb #e31911df
+def positions_figure(comparison: Comparison) -> Figure:
+    "The perplexity of each model in each stretch of positions, with its interval."
+    fig = go.Figure()
+    for i, model in enumerate(comparison.models):
+        scores = list(model.positions.values())
+        color = OKABE_ITO[i % 7]
+        fig.add_scatter(
+            x=list(model.positions), y=[score.value for score in scores],
+            name=html.escape(model.name), mode="lines+markers", error_y=_bar(scores),
+            line={"color": color, "width": 2}, text=[str(score) for score in scores],
+            hovertemplate="<b>tokens %{x}</b><br>perplexity %{text}")
+    fig.update_xaxes(title="position in the row, tokens", type="category")
+    fig.update_yaxes(title="perplexity")
+    return styled(fig, "Perplexity by position", 380).update_layout(legend=ABOVE, margin={"t": 82})

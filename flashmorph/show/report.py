@@ -16,14 +16,16 @@ from ..choose.trajectory import GateRun
 from ..model.hybrid import HybridConfig
 from ..results import (
     Cost, Results, label, percent, read_results)
+from ..scores import Comparison, bases, described
 from ..selection import Selection
-from .table import COLUMNS, SPENT, result_rows, spent_rows
+from .table import (
+    COLUMNS, SPENT, UNLIKE, comparison_rows, position_rows, result_rows, spent_rows)
 from ..store import EventLog, read_json, write_aside
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Cells', 'Section', 'RunFiles', 'selections_of', 'drawn', 'summary_section', 'results_section',
            'layers_section', 'costs_section', 'gates_section', 'losses_section', 'spent_section', 'recipe_section',
-           'plotly_script', 'page', 'reason', 'write_report']
+           'plotly_script', 'page', 'reason', 'write_report', 'comparison_sections', 'write_comparison']
 
 # %% ../../nbs/79_show.report.ipynb #c7379cc3
 @dataclass(frozen=True)
@@ -248,3 +250,29 @@ def write_report(folder: str | Path) -> Path:
     path = run.folder / "report.html"
     write_aside(path, lambda p: p.write_text(text, encoding="utf-8"))
     return path
+
+# %% ../../nbs/79_show.report.ipynb #636bd471
+def comparison_sections(comparison: Comparison) -> list[Section]:
+    "The parts of a page on models side by side."
+    from flashmorph.show.compare import positions_figure, scores_figure
+    from flashmorph.show.measured import recall_figure
+    columns = ("score", *(model.name for model in comparison.models))
+    note = "" if comparison.comparable else UNLIKE
+    sections = [
+        Section("Models", lines=[described(model) for model in comparison.models]),
+        Section("Scores", table=Cells(columns, comparison_rows(comparison)),
+                figure=drawn(scores_figure(comparison)), note=note),
+        Section("Perplexity by position", table=Cells(columns, position_rows(comparison)),
+                figure=drawn(positions_figure(comparison))),
+    ]
+    for model in comparison.models:
+        if model.grid is not None:
+            figure = recall_figure(model.grid, model.name)
+            sections.append(Section(f"Recall: {model.name}", figure=drawn(figure)))
+    return [*sections, Section("95% intervals", lines=bases(comparison))]
+
+
+def write_comparison(comparison: Comparison, path: str | Path) -> None:
+    "Write models side by side as one self-contained HTML file. Raises `OSError` if saving fails."
+    text = page("flashmorph: models side by side", comparison_sections(comparison))
+    write_aside(path, lambda p: p.write_text(text, encoding="utf-8"))

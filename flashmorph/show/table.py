@@ -14,9 +14,11 @@ from rich.text import Text
 from flashmorph.results import (
     NONE, ModelResult, Results, amount, duration, label, nats, percent, read_results,
     stage_label)
+from ..scores import Comparison, bases, described
 
 # %% auto #0
-__all__ = ['COLUMNS', 'SPENT', 'result_rows', 'fitting', 'ResultsTable', 'results_table', 'spent_rows', 'spent_table']
+__all__ = ['COLUMNS', 'SPENT', 'UNLIKE', 'result_rows', 'fitting', 'ResultsTable', 'results_table', 'spent_rows', 'spent_table',
+           'comparison_rows', 'position_rows', 'ComparisonTable']
 
 # %% ../../nbs/78_show.table.ipynb #a72ed7cc
 COLUMNS = ("model", "stage", "full layers", "recall", "exact", "answer NLL", "LM NLL", "params",
@@ -150,3 +152,56 @@ def spent_table(results: Results | dict[str, Any]) -> Table:
         table.add_column(name, justify=justify, overflow="fold")
     for row in spent_rows(read_results(results)): table.add_row(*map(Text, row))
     return table
+
+# %% ../../nbs/78_show.table.ipynb #521d9744
+def comparison_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    "A row for each score: its name, and the score of each model with its interval."
+    rows = []
+    for name in comparison.names:
+        scores = [model.scores.get(name) for model in comparison.models]
+        rows.append((name, *(NONE if score is None else str(score) for score in scores)))
+    return rows
+
+
+def position_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    "A row for each stretch of positions, with the perplexity of each model."
+    names = dict.fromkeys(name for model in comparison.models for name in model.positions)
+    rows = []
+    for name in names:
+        scores = [model.positions.get(name) for model in comparison.models]
+        cells = [NONE if score is None else str(score) for score in scores]
+        rows.append((f"perplexity {name}", *cells))
+    return rows
+
+# %% ../../nbs/78_show.table.ipynb #d0a59afa
+UNLIKE = ("The models have different tokenizers: losses and perplexities per token do not compare "
+          "with one another.")
+
+
+class ComparisonTable(JupyterMixin):
+    "A `Comparison` for a terminal of any width: as many models side by side as fit."
+    def __init__(self, comparison: Comparison):
+        self.comparison = comparison
+        self.rows = comparison_rows(comparison) + position_rows(comparison)
+
+    def part(self, models: Sequence[int]) -> Table:
+        "The table of some of the models; where there is no room, cells break between words."
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="")
+        table.add_column("score", overflow="fold")
+        for i in models:
+            name = Text(self.comparison.models[i].name)
+            table.add_column(name, justify="right", overflow="fold")
+        for row in self.rows: table.add_row(Text(row[0]), *(Text(row[i + 1]) for i in models))
+        return table
+
+    def width(self, model: int) -> int:
+        "The characters that the numbers of a model take."
+        return max((len(row[model + 1]) for row in self.rows), default=1)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        first = max((len(row[0]) for row in self.rows), default=1) + 2
+        widths = [self.width(i) + 2 for i in range(len(self.comparison.models))]
+        for models in fitting(widths, options.max_width - first): yield self.part(models)
+        for model in self.comparison.models: yield Text(described(model))
+        yield Text("95% intervals. " + ". ".join(bases(self.comparison)) + ".")
+        if not self.comparison.comparable: yield Text(UNLIKE)
