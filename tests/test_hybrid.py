@@ -404,8 +404,6 @@ def test_what_cannot_be():
         with pytest.raises(ValueError, match="cannot be resized"):
             h.resize_token_embeddings(size)
     assert h.resize_token_embeddings() is h.get_input_embeddings()
-    with pytest.raises(ValueError, match="packed"):
-        h(ids, position_ids=torch.cat([torch.arange(10), torch.arange(13)])[None], use_cache=False)
 
 
 def test_layers():
@@ -947,3 +945,100 @@ def test_another_index_error_stays():
     labels = ids.clone()
     labels[0, 5] = 500
     with pytest.raises(IndexError, match="500"): h(ids, labels=labels)
+
+
+# packed rows
+
+LENGTHS = ((1, 9, 2, 3, 8), (11, 12), (23,))
+
+
+def packed_rows():
+    "Token ids `(3, 23)` of documents of `LENGTHS`, and their positions."
+    ids, _ = tokens(B=3)
+    positions = [torch.cat([torch.arange(length) for length in row]) for row in LENGTHS]
+    return ids, torch.stack(positions)
+
+
+def documents(ids):
+    "Each document as a row of its own."
+    rows = []
+    for row, lengths in zip(ids, LENGTHS): rows += [part[None] for part in row.split(lengths)]
+    return rows
+
+
+@family
+def test_packed_rows_equal_documents_alone(name):
+    "In every layer, linear or full."
+    h, (ids, positions) = hybrid(name), packed_rows()
+    with torch.no_grad():
+        alone = [h(document, use_cache=False).logits[0] for document in documents(ids)]
+        out = h(ids, position_ids=positions)
+    close(out.logits.flatten(0, 1), torch.cat(alone), 1e-4)
+    # a state after several documents would be that of none of them
+    assert find_cache(out) is None
+
+
+@every_mixer
+@pytest.mark.parametrize("full", [(1, 3), ()], ids=["hybrid", "all-linear"])
+def test_packed_rows_train_as_documents_do(mixer, full):
+    "Equal gradients, also with checkpoints; in float64, since the sums over tokens are long."
+    h = mixed_hybrid("llama", mixer, full).double().train()
+    ids, positions = packed_rows()
+
+    def grads(outputs):
+        h.zero_grad()
+        sum(x.pow(2).sum() for x in outputs()).backward()
+        return {name: p.grad.clone() for name, p in h.named_parameters() if p.grad is not None}
+
+    def packed(): return [h(ids, position_ids=positions).logits]
+    def alone(): return [h(document, use_cache=False).logits for document in documents(ids)]
+    expected, found = grads(alone), grads(packed)
+    h.gradient_checkpointing_enable()
+    again = grads(packed)
+    assert expected.keys() == found.keys() == again.keys()
+    for name, x in expected.items():
+        scale = 1 + x.abs().max()
+        close(found[name] / scale, x / scale)
+        close(again[name] / scale, x / scale)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_of_a_data_collator(attention):
+    "As transformers makes them: one row, positions and where documents end."
+    from transformers import DataCollatorWithFlattening
+
+    h, (ids, _) = hybrid("llama"), packed_rows()
+    h.set_attn_implementation(attention)
+    features = [{"input_ids": document[0].tolist()} for document in documents(ids)]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collate(features)
+    batch = {name: torch.as_tensor(x) for name, x in batch.items()}
+    with torch.no_grad():
+        alone = [h(document, use_cache=False).logits for document in documents(ids)]
+        close(h(**batch).logits, torch.cat(alone, 1), 1e-4)
+    batch["cu_seq_lens_q"] = batch["cu_seq_lens_q"][::2]
+    with pytest.raises(ValueError, match="packed rows: by cu_seq_lens_q documents start at"):
+        h(**batch)
+
+
+def test_packed_rows_of_a_morphable_model():
+    "Gates in between and their gradients, and the alignment of branches."
+    model, (ids, positions) = morphed("qwen3"), packed_rows()
+    for layer in model.layers: layer.alpha.requires_grad_(True)
+    model.gates = 0.6
+    alphas = [layer.alpha for layer in model.layers]
+    packed = model(ids, position_ids=positions).logits
+    alone = torch.cat([model(document).logits[0] for document in documents(ids)])
+    close(packed.flatten(0, 1), alone, 1e-4)
+    for a, b in zip(*(torch.autograd.grad(x.pow(2).sum(), alphas) for x in (packed, alone))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_jump_ahead_begins_a_document():
+    h, (ids, _) = hybrid("llama", max_position_embeddings=256), tokens(B=1)
+    positions = torch.cat([torch.arange(10), torch.arange(50, 63)])[None]
+    with torch.no_grad():
+        packed = h(ids, position_ids=positions).logits
+        second = h(ids[:, 10:], position_ids=positions[:, 10:]).logits
+    close(packed[:, 10:], second, 1e-4)
+    close(packed[:, :10], logits(h, ids[:, :10]), 1e-4)

@@ -12,13 +12,14 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from .cache import CACHE_NAMES, find_cache, linear_slot, run_mixer
 from .hosts import mixer_dims
 from .mixers import Mixer, MixerDims, parse_mixer
 from flashmorph.model.parts import (
-    SCALED, check_rotary, foreign_dtype, in_dtype, no_rotation, own_config,
+    SCALED, Documents, check_rotary, foreign_dtype, in_dtype, no_rotation, own_config,
 )
 
 # %% ../../nbs/33_model.layers.ipynb #b7686604
@@ -55,7 +56,8 @@ class LinearAttention(nn.Module):
         # without this mark the host's `_init_weights` would randomise the mixer
         for module in mixer.modules(): setattr(module, "_is_hf_initialized", True)  # noqa: B010
 
-    def forward(self, *args, linear_mask: Tensor | None, attention_mask: Any = None, **kwargs):
+    def forward(self, *args, linear_mask: Tensor | Documents | None, attention_mask: Any = None,
+                **kwargs):
         hidden = _input_of(args, kwargs)
         # the state in place of keys and values
         cache = find_cache(kwargs)
@@ -72,6 +74,7 @@ class LinearAttention(nn.Module):
             def mix(inputs, state):
                 *qkvh, mask = inputs
                 return self.mixer(*qkvh, scale=scale, mask=mask, state=state)
+            if isinstance(linear_mask, Documents): return linear_mask.each(mix, (*qkv, hidden))
             return run_mixer(mix, (*qkv, hidden, linear_mask), slot)
         output = self.attn(*args, attention_mask=None, mixer_call=mixer_call, **kwargs)
         return output if foreign is None else in_dtype(output, given)
@@ -175,9 +178,9 @@ def _call_of(decoder: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
 # %% ../../nbs/33_model.layers.ipynb #8021be1b
 # how data collators say where the documents of a row end
 ENDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-PACKED = ("packed rows are not supported: the state of a linear layer would run on from one "
-          "document into the next. Give each document a row of its own, with padding and an "
-          "attention_mask")
+PACKED = ("packed rows need position_ids that start again at each document, no attention_mask, and "
+          "code that is not compiled: the state of a linear layer would run on from one document "
+          "into the next. Or give each document a row of its own, with padding")
 
 @torch.library.custom_op("flashmorph::one_document", mutates_args=())
 def one_document(position_ids: Tensor) -> Tensor:
@@ -199,6 +202,34 @@ def _one_document(call: dict[str, Any]) -> dict[str, Any]:
     if positions is None or positions.shape[-1] == 1 or not separates: return {}
     return {"position_ids": one_document(positions)}
 
+# %% ../../nbs/33_model.layers.ipynb #c8b65e59
+def _starts(apart: Tensor) -> Tensor:
+    "True at the first token of each document, if `apart` `(B, T - 1)` is True in between."
+    return F.pad(apart, (1, 0), value=True)
+
+
+def _packed(call: dict[str, Any]) -> Documents | None:
+    """The documents of packed rows, if there are such and values may be looked at.
+
+    Raises `ValueError` if what a data collator hands over does not agree with `position_ids`."""
+    positions: Any = call.get("position_ids")
+    others = {name: call[name] for name in ENDS if call.get(name) is not None}
+    masked = call.get("attention_mask") is not None or find_cache(call) is not None
+    if torch.compiler.is_compiling() or masked or getattr(positions, "ndim", 0) != 2: return None
+    starts = _starts(positions.diff(dim=-1) != 1)
+    if not others and int(starts.sum()) == len(starts): return None
+    # one row of positions may stand for all
+    ids = call.get("input_ids")
+    tokens: Any = call.get("inputs_embeds") if ids is None else ids
+    starts = starts.expand(tokens.shape[:2])
+    first = starts.flatten().nonzero()[:, 0]
+    for name, x in others.items():
+        theirs = _starts(x.diff(dim=-1) != 0).flatten().nonzero()[:, 0] if x.ndim == 2 else x[:-1]
+        if theirs.tolist() != first.tolist():
+            raise ValueError(f"packed rows: by {name} documents start at {theirs.tolist()}, by "
+                             f"position_ids at {first.tolist()}")
+    return Documents(starts)
+
 # %% ../../nbs/33_model.layers.ipynb #a25b55e9
 def _padding_mask(call: dict[str, Any]) -> Tensor | None:
     "The padding mask `(B, T)` of the current tokens of a call; `ValueError` for other masks."
@@ -213,8 +244,11 @@ def _padding_mask(call: dict[str, Any]) -> Tensor | None:
 
 # %% ../../nbs/33_model.layers.ipynb #e50a5f7c
 def _mask_hook(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    "Adds the keyword `linear_mask` to a call of `decoder`."
+    "Adds the keyword `linear_mask` to a call of `decoder`: a padding mask, `Documents` or `None`."
     call = _call_of(decoder, args, kwargs)
+    documents = _packed(call)
+    # a cache would keep the full layers from separating documents
+    if documents is not None: return (), call | {"linear_mask": documents, "use_cache": False}
     call |= _one_document(call)
     mask = _padding_mask(call)
     # values cannot be looked at while compiling
@@ -248,21 +282,12 @@ def _is_scaled(module: nn.Module) -> bool:
 def hand_mask_down(model: PreTrainedModel) -> None:
     """Give every attention module of `model` the keyword `linear_mask`.
 
-    The keyword is the `(B, T)` padding mask, or `None`. If logits of a full layer grow with the
-    position, `query_positions` comes too. Calling this twice changes nothing."""
+    The keyword is the `(B, T)` padding mask, `Documents` of packed rows, or `None`. If logits of a
+    full layer grow with the position, `query_positions` comes too. Calling this twice changes
+    nothing."""
     decoder = model.base_model
     hooks = [_mask_hook]
     if any(_is_scaled(module) for module in model.modules()): hooks.append(_positions_hook)
     for hook in hooks:
         if hook in decoder._forward_pre_hooks.values(): continue
         decoder.register_forward_pre_hook(hook, with_kwargs=True)
-
-# %% ../../nbs/33_model.layers.ipynb #c69aa632
-def _positions(attn: Any, hidden: Tensor, kwargs: dict) -> Tensor:
-    "Of each query, `(1 or B, T)`; counted from the cache if the model does not name them."
-    given = kwargs.get("position_ids")
-    if given is not None: return given
-    cache = find_cache(kwargs)
-    past = 0 if cache is None else cache.get_seq_length(attn.layer_idx)
-    counted = torch.arange(hidden.shape[1], device=hidden.device)
-    return counted[None] + past
