@@ -20,6 +20,7 @@ def in_unit(value: float | None, unit: str) -> str:
     if value is None or not math.isfinite(value): return NONE
     if unit == "share": return percent(value)
     if unit == "nats": return nats(value)
+    if abs(value) >= 1e6: return f"{value:.3g}"
     return rounded(value, 4) if abs(value) < 100 else f"{value:,.1f}"
 
 # %% ../nbs/07_scores.ipynb #97aacb3a

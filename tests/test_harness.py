@@ -270,8 +270,9 @@ def test_documents_that_cannot_be_fetched(tasks, hybrid, monkeypatch):
 
 def test_errors_say_what_to_do(tasks, bundled, hybrid, monkeypatch):
     tasks.choices()
-    with pytest.raises(ValueError, match="unknown task 'hellswag'.*did you mean 'hellaswag'"):
+    with pytest.raises(ValueError, match="task 'hellswag'.*did you mean 'hellaswag'") as caught:
         lm_eval(*hybrid, "hellswag")
+    assert len(str(caught.value)) < 200
     with pytest.raises(ValueError, match="expected at least one name"): lm_eval(*hybrid, [])
     with pytest.raises(ValueError, match="include: expected a folder"):
         lm_eval(*hybrid, "choices", include=["/no/such"])

@@ -96,8 +96,10 @@ def task_names(manager: Any, config: HarnessConfig) -> list[str]:
     for name in config.tasks:
         names = manager.match_tasks([name]) if "*" in name else [name]
         if not names or names[0] not in manager.task_index:
-            raise ValueError(f"unknown task {name!r} of lm-evaluation-harness; "
-                             f"{nearest(name, manager.all_tasks)}")
+            # the list of all names would fill a screen a hundred times
+            hint, _, _ = nearest(name, manager.all_tasks).partition("known: ")
+            raise ValueError(f"unknown task {name!r} of lm-evaluation-harness; {hint}"
+                             "`flashmorph lm-eval ls tasks` lists all")
         found += names
     return list(dict.fromkeys(found))
 
