@@ -22,7 +22,7 @@ from ..ops.meter import PeakMemory, machine
 # %% auto #0
 __all__ = ['is_out_of_memory', 'Race', 'prompt', 'Reading', 'reading', 'median_ratio', 'described', 'prefill_rows',
            'bench_prefill', 'row_line', 'speed_lines', 'Desk', 'sit_down', 'write_in_turns', 'decode_rows',
-           'bench_decode']
+           'bench_decode', 'speed_figure']
 
 # %% ../../nbs/59_measure.speed.ipynb #1bd5fbbf
 def is_out_of_memory(error: BaseException) -> bool:
@@ -263,3 +263,17 @@ def bench_decode(
             say(row_line(row))
         rows += fresh
     return {"what": "decode", **described(race.field, wanted), "rows": rows, "out": race.out}
+
+# %% ../../nbs/59_measure.speed.ipynb #c8e02c58
+def speed_figure(result: dict[str, Any]) -> Any:
+    "Tokens a second over the length of the text, one line a contestant: a plotly figure."
+    import plotly.graph_objects as go
+    fig = go.Figure()
+    for name in dict.fromkeys(row["who"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["who"] == name]
+        fig.add_scatter(
+            x=[row["tokens"] for row in mine], y=[row["tokens_s"] for row in mine], name=name,
+            mode="lines+markers")
+    fig.update_xaxes(type="log", title_text="tokens", dtick=1)
+    fig.update_yaxes(title_text=f"tokens a second, {result['what']}", rangemode="tozero")
+    return fig.update_layout(template="none", height=320)
