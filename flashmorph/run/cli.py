@@ -18,9 +18,10 @@ from ..selection import Selection
 from ..store import nearest, write_aside
 
 # %% auto #0
-__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'bench', 'Count', 'Device', 'Json', 'Repeats', 'Model', 'Lengths',
-           'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo', 'selected', 'select', 'pretrain',
-           'show_measured', 'bench_ops', 'bench_gates', 'bench_align', 'run_speed', 'bench_prefill', 'bench_decode']
+__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'bench', 'Count', 'Device', 'Json', 'Repeats', 'Model',
+           'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo', 'selected', 'select',
+           'pretrain', 'show_measured', 'bench_ops', 'bench_gates', 'bench_align', 'run_speed', 'bench_prefill',
+           'bench_decode']
 
 # %% ../../nbs/89_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -121,7 +122,7 @@ def select(
 
 # %% ../../nbs/89_run.cli.ipynb #037f403f
 app.command()(evaluate)
-app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(harness)
+run_harness = app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(harness)
 
 # %% ../../nbs/89_run.cli.ipynb #2f96057b
 @app.command()

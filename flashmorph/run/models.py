@@ -18,7 +18,7 @@ from ..measure.evaluate import (
 from ..measure.harness import lm_eval
 from ..measure.recall import grid_of, recall_cells
 from ..measure.ruler import ruler
-from ..model.teacher import BUNDLED, check_length, load_model
+from ..model.teacher import BUNDLED, check_length, find_model, load_model
 from ..results import RecallGrid, duration
 from ..scores import Comparison, ModelScores, Score, mean_score, perplexity
 from ..settings import setting
@@ -213,6 +213,7 @@ def evaluate_models(names: Sequence[str], *, folder: str | os.PathLike | None = 
     config = ModelsConfig.make(settings)
     # every model is found, and every run read, before anything is measured
     found = [find_run(str(name)) for name in dict.fromkeys(names)]
+    for place, _ in found: find_model(place)
     trainings = [read_training(run) if run else None for _, run in found]
     measured = []
     for n, (name, (place, _), training) in enumerate(zip(dict.fromkeys(names), found, trainings)):
