@@ -6,6 +6,7 @@ __version__ = "0.0.1"
 # `import flashmorph` stays light, which tests/test_rules.py checks. The import of
 # `flashmorph.model.hybrid` registers the hybrid with transformers' Auto classes.
 from flashmorph.choose.gates import train_gates
+from flashmorph.choose.rank import rank, register_selector
 from flashmorph.choose.trajectory import GateRun
 from flashmorph.choose.uniform import uniform
 from flashmorph.data.mixture import Mixture
@@ -46,6 +47,7 @@ __all__ = [
     "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
     "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate",
-    "evaluate_models", "finetune", "lm_eval", "load_model", "load_teacher", "mixer_names", "morph",
-    "needles", "passkeys", "plan", "register_mixer", "ruler", "text", "train_gates", "uniform",
+    "evaluate_models", "finetune", "lm_eval", "load_model", "load_teacher", "mixer_names",
+    "morph", "needles", "passkeys", "plan", "rank", "register_mixer", "register_selector",
+    "ruler", "text", "train_gates", "uniform",
 ]

@@ -20,8 +20,8 @@ from ..selection import Ranking, check_layers
 from ..store import EventLog, checksum
 
 # %% auto #0
-__all__ = ['Asked', 'only_full', 'asked_of', 'digest_of', 'AnswerDivergence', 'remove_one', 'add_one', 'check_stops', 'by_place',
-           'eliminate', 'gather']
+__all__ = ['Asked', 'only_full', 'asked_of', 'digest_of', 'AnswerDivergence', 'without', 'remove_one', 'add_one', 'check_stops',
+           'by_place', 'eliminate', 'gather']
 
 # %% ../../nbs/65_choose.ablate.ipynb #822b29d0
 @contextmanager
@@ -63,9 +63,9 @@ def digest_of(model: MorphableModel, asked: Sequence[Asked]) -> str:
 class AnswerDivergence:
     """KL(teacher || model with some layers full) over the answers of `books`, in nats a token.
 
-    Reads `count` books (all, if None) and keeps the teacher's hidden states of their answers. Counts
-    `tokens` and forward `passes`. `log`: a file that keeps what was measured. Raises `ValueError`
-    for books without answers, and if there are too few."""
+    Reads `count` books (all, if None) and keeps the teacher's hidden states of their answers.
+    Counts `tokens` and forward `passes`. `log`: a file that keeps what was measured. Raises
+    `ValueError` for books without answers, and if there are too few."""
     def __init__(
         self, model: MorphableModel, books: Iterable[Mapping[str, Any]], count: int | None = None,
         *, batch_size: int = 4, log: str | Path | None = None,
@@ -102,15 +102,20 @@ class AnswerDivergence:
         return total / count
 
 # %% ../../nbs/65_choose.ablate.ipynb #b1c45e86
+def without(far: AnswerDivergence, full: Sequence[int], layer: int) -> float:
+    "The divergence when `layer` leaves the layers `full`."
+    return far([i for i in full if i != layer])
+
+
 def remove_one(far: AnswerDivergence) -> Ranking:
     "Score of a layer: the divergence of the teacher in which it alone is linear."
     every = range(far.model.num_layers)
-    scores = [far([i for i in every if i != layer]) for layer in every]
+    scores = [without(far, every, layer) for layer in every]
     return ranked(scores, "remove-one", far.digest)
 
 
 def add_one(far: AnswerDivergence) -> Ranking:
-    "Score of a layer: what it takes from the divergence of the linear model as its only full layer."
+    "Score of a layer: what it takes, as the only full layer, from the divergence of none."
     nothing = far([])
     scores = [nothing - far([layer]) for layer in range(far.model.num_layers)]
     return ranked(scores, "add-one", far.digest)
@@ -138,7 +143,7 @@ def eliminate(far: AnswerDivergence, stops: Iterable[int] | None = None) -> Rank
     left = list(range(far.model.num_layers))
     gone: list[int] = []
     for stop in check_stops(stops, len(left)):
-        missed = {i: far([j for j in left if j != i]) for i in left}
+        missed = {layer: without(far, left, layer) for layer in left}
         # of equal layers the higher index leaves, as a ranking keeps the lower one
         for layer in sorted(left, key=lambda i: (missed[i], -i))[:len(left) - stop]:
             left.remove(layer)

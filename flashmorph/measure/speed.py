@@ -18,18 +18,13 @@ from flashmorph.measure.pace import (
 )
 from ..model.cache import grow
 from ..ops.meter import PeakMemory, machine
+from ..train.stop import is_out_of_memory
 
 # %% auto #0
-__all__ = ['is_out_of_memory', 'Race', 'prompt', 'Reading', 'reading', 'median_ratio', 'described', 'prefill_rows',
-           'bench_prefill', 'row_line', 'speed_lines', 'Desk', 'sit_down', 'write_in_turns', 'decode_rows',
-           'bench_decode', 'speed_figure']
+__all__ = ['Race', 'prompt', 'Reading', 'reading', 'median_ratio', 'described', 'prefill_rows', 'bench_prefill', 'row_line',
+           'speed_lines', 'Desk', 'sit_down', 'write_in_turns', 'decode_rows', 'bench_decode', 'speed_figure']
 
 # %% ../../nbs/59_measure.speed.ipynb #1bd5fbbf
-def is_out_of_memory(error: BaseException) -> bool:
-    "Does an error mean that no memory is left? On a CPU PyTorch raises a plain `RuntimeError`."
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)): return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
-
 class Race:
     "Contestants that take turns, length by length, until they run out."
     def __init__(self, field: dict[str, Contestant], wanted: SpeedBench):

@@ -206,7 +206,7 @@ def bench_align(
     file: Json = None,
 ) -> None:
     "The error of linear branches over the tokens of stage 1, in three ways."
-    from flashmorph.measure.learning import bench_align as run_bench, learning_lines
+    from flashmorph.train.learning import bench_align as run_bench, learning_lines
     from flashmorph.run.recipe import changed
     with plain_errors():
         settings: dict[str, Any] = {}
