@@ -28,7 +28,7 @@ from flashmorph.model.morph import morph
 
 MIXERS = ("lightning", "gdn")
 CHOICES = ([1, 3], [0, 2], [])        # full layers
-TOKENS, PAD, NEW = 40, 7, 8
+TOKENS, PAD, NEW = 28, 7, 4
 TOLERANCE = 5e-4
 
 
@@ -88,7 +88,7 @@ def pieces(model: Any) -> float:
     ids = random_ids()
     whole = model(ids, use_cache=False).logits
     return max(apart(in_pieces(model, cuts, input_ids=ids), whole)
-               for cuts in ((20,), (1, 9, 39)))
+               for cuts in ((20,), (1, 9, 27)))
 
 
 def left_padded(model: Any) -> float:

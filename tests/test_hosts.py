@@ -17,6 +17,7 @@ from flashmorph.model import branches, hosts, layers, parts
 from flashmorph.model.cache import StateLayer
 from flashmorph.model.mixers import Lightning, MixerDims, make_mixer
 from flashmorph.model.morph import morph
+from flashmorph.model.teacher import load_teacher
 from flashmorph.ops import reference
 from probe_families import padded
 from tiny_models import randomised, tiny_config, tiny_model
@@ -203,6 +204,19 @@ def test_the_language_model_inside(name, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         assert torch.equal(loaded(ids).logits, hybrid(ids).logits)
         assert torch.equal(model(ids).logits, before)
+
+
+def test_a_teacher_that_sees_pictures_is_loaded_as_its_language_model(tmp_path):
+    tokenizer = load_teacher()[1]
+    config = tiny_config("gemma3", text_config=dict(vocab_size=len(tokenizer)))
+    model = randomised(AutoModelForImageTextToText.from_config(config).eval())
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_teacher(tmp_path)
+    ids = torch.randint(6, 151, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert type(loaded).__name__ == "Gemma3ForCausalLM"
 
 
 def test_no_language_model_inside():

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD"
 
-models=(tests/test_versions.py tests/test_hybrid.py)
+models=(tests/test_versions.py tests/test_hybrid.py tests/test_families.py)
 others=(tests/test_hosts.py tests/test_mixers.py tests/test_resume.py tests/test_widget*.py)
 
 requirements() {  # requirements oldest|newest: one a line, as settings.ini has them

@@ -58,8 +58,9 @@ class _View(PreTrainedConfig):
         return getattr(super().__getattribute__("teacher"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._is_shared(name): setattr(self.teacher, name, value)
-        else: super().__setattr__(name, value)
+        if not self._is_shared(name): super().__setattr__(name, value)
+        # some are computed from others and cannot be set
+        elif getattr(self.teacher, name) != value: setattr(self.teacher, name, value)
 
     def nested_rope_parameter_keys(self, rope_parameters: Any) -> list[str]:
         teacher: Any = self.teacher                       # its layer types, not those of the hybrid

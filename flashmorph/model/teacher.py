@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file, logging
+from .branches import text_model
 from .hosts import check_host
 
 # %% auto #0
@@ -265,7 +266,6 @@ def load_model(
     place = find_model(name, kwargs.get("subfolder", ""))
     hub = {key: kwargs[key] for key in HUB if key in kwargs}
     hub["trust_remote_code"] = trust_remote_code
-
     # The configuration first: its wishes are checked before anything else is loaded.
     with quiet():
         config, folder = read_config(what, place, **hub)
@@ -286,15 +286,15 @@ def load_teacher(
     name: str | os.PathLike = BUNDLED,  # as for `load_model`
     **kwargs: Any,  # as for `load_model`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # frozen, in evaluation mode
-    """A frozen teacher and its tokenizer.
+    """A frozen teacher and its tokenizer; of a model that sees pictures, the language model inside.
 
-    Raises `ValueError` if the teacher cannot be loaded, if its weights are quantized, or if its
-    family is not supported (naming those that are)."""
+    Raises `ValueError` if it cannot be loaded, is quantized, or of an unsupported family."""
     model, tokenizer = load_model(name, **kwargs)
     plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     quantized = [name for name, p in model.named_parameters() if p.dtype not in plain]
     if quantized:
         raise ValueError(f"model {str(name)!r}: a teacher's weights may not be quantized, and some "
                          f"are: {some(quantized)}. Use a checkpoint in bfloat16 or float32")
+    model = text_model(model)
     check_host(model)
     return model.requires_grad_(False), tokenizer
