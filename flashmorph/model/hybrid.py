@@ -55,7 +55,9 @@ class _View(PreTrainedConfig):
     def __getattribute__(self, name: str) -> Any:
         # methods and private names first: they are used here
         if name.startswith("_") or not self._is_shared(name): return super().__getattribute__(name)
-        return getattr(super().__getattribute__("teacher"), name)
+        found = getattr(super().__getattribute__("teacher"), name)
+        # transformers writes into these while it checks them
+        return copy.deepcopy(found) if name == "rope_parameters" else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not self._is_shared(name): super().__setattr__(name, value)
