@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from flashmorph.model.cache import GrowingLayer, Rows, ahead
+from flashmorph.model.cache import Growing, GrowingLayer, ahead
 
 
 def tokens(slot: DynamicLayer, count: int, draw: torch.Generator) -> tuple:
@@ -77,7 +77,7 @@ def test_gradients_flow_through_a_growing_slot():
 
 
 def test_memory_is_seldom_taken():
-    rows, held, taken = Rows(), None, 0
+    rows, held, taken = Growing(), None, 0
     new = torch.zeros(1, 1, 1, 1)
     for _ in range(4096):
         before = rows.memory
@@ -89,7 +89,7 @@ def test_memory_is_seldom_taken():
 
 
 def test_formats_are_joined_as_by_cat():
-    rows = Rows()
+    rows = Growing()
     half, single = torch.ones(1, 1, 2, 2, dtype=torch.bfloat16), torch.full((1, 1, 1, 2), 1 / 3)
     held = rows.add(None, half)
     joined = rows.add(held, single)

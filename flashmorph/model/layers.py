@@ -19,7 +19,7 @@ from .cache import CACHE_NAMES, find_cache, linear_slot, run_mixer
 from .hosts import mixer_dims
 from .mixers import Mixer, MixerDims, parse_mixer
 from flashmorph.model.parts import (
-    SCALED, Documents, check_rotary, foreign_dtype, in_dtype, no_rotation, own_config,
+    SCALED, Packed, check_rotary, foreign_dtype, in_dtype, no_rotation, own_config,
 )
 
 # %% ../../nbs/33_model.layers.ipynb #b7686604
@@ -56,7 +56,7 @@ class LinearAttention(nn.Module):
         # without this mark the host's `_init_weights` would randomise the mixer
         for module in mixer.modules(): setattr(module, "_is_hf_initialized", True)  # noqa: B010
 
-    def forward(self, *args, linear_mask: Tensor | Documents | None, attention_mask: Any = None,
+    def forward(self, *args, linear_mask: Tensor | Packed | None, attention_mask: Any = None,
                 **kwargs):
         hidden = _input_of(args, kwargs)
         # the state in place of keys and values
@@ -74,7 +74,7 @@ class LinearAttention(nn.Module):
             def mix(inputs, state):
                 *qkvh, mask = inputs
                 return self.mixer(*qkvh, scale=scale, mask=mask, state=state)
-            if isinstance(linear_mask, Documents): return linear_mask.each(mix, (*qkv, hidden))
+            if isinstance(linear_mask, Packed): return linear_mask.each(mix, (*qkv, hidden))
             return run_mixer(mix, (*qkv, hidden, linear_mask), slot)
         output = self.attn(*args, attention_mask=None, mixer_call=mixer_call, **kwargs)
         return output if foreign is None else in_dtype(output, given)
@@ -208,7 +208,7 @@ def _starts(apart: Tensor) -> Tensor:
     return F.pad(apart, (1, 0), value=True)
 
 
-def _packed(call: dict[str, Any]) -> Documents | None:
+def _packed(call: dict[str, Any]) -> Packed | None:
     """The documents of packed rows, if there are such and values may be looked at.
 
     Raises `ValueError` if what a data collator hands over does not agree with `position_ids`."""
@@ -228,7 +228,7 @@ def _packed(call: dict[str, Any]) -> Documents | None:
         if theirs.tolist() != first.tolist():
             raise ValueError(f"packed rows: by {name} documents start at {theirs.tolist()}, by "
                              f"position_ids at {first.tolist()}")
-    return Documents(starts)
+    return Packed(starts)
 
 # %% ../../nbs/33_model.layers.ipynb #a25b55e9
 def _padding_mask(call: dict[str, Any]) -> Tensor | None:
@@ -244,7 +244,7 @@ def _padding_mask(call: dict[str, Any]) -> Tensor | None:
 
 # %% ../../nbs/33_model.layers.ipynb #e50a5f7c
 def _mask_hook(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    "Adds the keyword `linear_mask` to a call of `decoder`: a padding mask, `Documents` or `None`."
+    "Adds the keyword `linear_mask` to a call of `decoder`: a padding mask, `Packed` or `None`."
     call = _call_of(decoder, args, kwargs)
     documents = _packed(call)
     # a cache would keep the full layers from separating documents
@@ -282,7 +282,7 @@ def _is_scaled(module: nn.Module) -> bool:
 def hand_mask_down(model: PreTrainedModel) -> None:
     """Give every attention module of `model` the keyword `linear_mask`.
 
-    The keyword is the `(B, T)` padding mask, `Documents` of packed rows, or `None`. If logits of a
+    The keyword is the `(B, T)` padding mask, `Packed` of packed rows, or `None`. If logits of a
     full layer grow with the position, `query_positions` comes too. Calling this twice changes
     nothing."""
     decoder = model.base_model
