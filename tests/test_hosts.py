@@ -160,6 +160,14 @@ def test_models_that_look_ahead_are_refused(name):
     morph(tiny_model(name, **(dict(is_decoder=True) if name == "bert" else {})))
 
 
+def test_a_configuration_that_cannot_be_read_again_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    written = model.config.to_dict() | {"hidden_size": "wide"}
+    monkeypatch.setattr(type(model.config), "to_dict", lambda self: written)
+    with pytest.raises(ValueError, match="LlamaConfig cannot be read as it was written.*loaded"):
+        morph(model)
+
+
 def test_half_precision_is_no_reason_to_refuse():
     for name in ("llama", "qwen3_moe", "gemma2"):
         morph(tiny_model(name).bfloat16())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AttentionInterface, AutoConfig, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from .cache import CACHE_NAMES, find_cache
@@ -131,7 +131,12 @@ def _check_class(model: PreTrainedModel) -> None:
                       "hybrid could not be loaded again")
     if not isinstance(model, known):
         raise refuse(model, f"a {config.__name__} describes a {known.__name__}; load it with "
-                      "AutoModelForCausalLM")
+                     "AutoModelForCausalLM")
+    try: AutoConfig.for_model(**model.config.to_dict())
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise refuse(model, f"its {config.__name__} cannot be read as it was written ({why}), so "
+                     "a hybrid could not be loaded again") from error
 
 # %% ../../nbs/32_model.hosts.ipynb #206d1981
 def _forgets(model: PreTrainedModel) -> bool:
@@ -235,17 +240,14 @@ def tolerated(dtype: torch.dtype, exact: float = 1e-3) -> float:
     return 0.1 if dtype.itemsize == 2 else exact
 
 # %% ../../nbs/32_model.hosts.ipynb #15c6006e
-def _check_causal(model: PreTrainedModel) -> None:
-    "Raise `ValueError` if later tokens change the logits of earlier ones."
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    "Do later tokens change the logits of earlier ones?"
     ids = some_ids(model, 24)
     early, late = ids.split(12, dim=1)
     rows = torch.cat([ids, torch.cat([early, late.flip(1)], 1)])
     with evaluating(model): first, second = model(rows, use_cache=False)[0][:, :12]
     # in one batch, so only experts may round differently
-    if apart(first, second) > tolerated(model.dtype, 2e-5):
-        raise refuse(model, "it looks ahead: logits depend on later tokens, which linear layers "
-                      "cannot see. Set its configuration to causal attention (is_causal, "
-                      "is_decoder, use_bidirectional_attention), if it was trained like that")
+    return apart(first, second) > tolerated(model.dtype, 2e-5)
 
 # %% ../../nbs/32_model.hosts.ipynb #7e61ef16
 def check_host(model: PreTrainedModel) -> list[Site]:
@@ -256,11 +258,16 @@ def check_host(model: PreTrainedModel) -> list[Site]:
     _check_class(model)
     sites = attention_sites(model)
     _check_structure(model, sites)
-    try: seen = _trial_run(model, sites)
+    try:
+        seen = _trial_run(model, sites)
+        ahead = _looks_ahead(model)
     except Exception as error:
         raise refuse(model, f"a trial run failed with {type(error).__name__}: {error}") from error
     for site in sites: _check_shapes(model, site.dims, seen.get(site.dims.layer_idx))
-    _check_causal(model)
+    if ahead:
+        raise refuse(model, "it looks ahead: logits depend on later tokens, which linear layers "
+                     "cannot see. Set its configuration to causal attention (is_causal, "
+                     "is_decoder, use_bidirectional_attention), if it was trained like that")
     return sites
 
 # %% ../../nbs/32_model.hosts.ipynb #271e6ca4
