@@ -91,8 +91,8 @@ class Room:
     "How many rows fit into memory at once: halved, down to one row, each time they do not."
     def __init__(self, rows: int): self.rows = rows
 
-    def __call__(self, call: Callable[..., Any], *tensors: torch.Tensor) -> list[Any]:
-        "The results of `call` on parts of `tensors`, each with at most `rows` of their rows."
+    def __call__(self, call: Callable[..., Any], *tensors: Any) -> list[Any]:
+        "The results of `call` on parts of tensors or lists, each of at most `rows` rows."
         found: list[Any] = []
         start = 0
         while start < len(tensors[0]):

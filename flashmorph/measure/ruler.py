@@ -4,9 +4,9 @@
 
 # %% ../../nbs/56_measure.ruler.ipynb #520481a1
 from __future__ import annotations
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, ClassVar
 import torch
 from torch import nn
@@ -16,15 +16,15 @@ from ..data.haystacks import Sample, padding
 from ..data.needles import Needles, needles
 from ..data.text import MOST
 from ..longtasks import NEEDLE_TASKS, TooShort, check_task, score
-from .evaluate import HELD_OUT, check_ids, token_scores
+from .evaluate import HELD_OUT, Room, check_ids
+from .recall import right_answers
 from ..model.teacher import check_length
 from ..results import NONE, rounded
 from ..scores import Score, mean_score, read_score
 from ..settings import setting
-from ..train.stop import is_out_of_memory
 
 # %% auto #0
-__all__ = ['padded', 'generated', 'forced', 'in_batches', 'TaskScore', 'read_task_score', 'points', 'cell_text', 'plain_table',
+__all__ = ['padded', 'generated', 'forced', 'TaskScore', 'read_task_score', 'points', 'cell_text', 'plain_table',
            'markdown_table', 'mean_value', 'RulerScores', 'score_rows', 'read_ruler', 'RulerConfig', 'open_prompts',
            'task_score', 'facts_of', 'ruler']
 
@@ -60,27 +60,8 @@ def generated(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[str
 def forced(model: nn.Module, samples: Sequence[Sample], pad: int) -> list[float]:
     "Of each sample: the share of the tokens of its references that `model` predicts."
     batch = stack([sample.row(pad) for sample in samples])
-    device = next(model.parameters()).device
     asked = batch["answers"] > 0
-    _, hits = token_scores(model, batch["input_ids"].to(device), asked.to(device))
-    right = torch.zeros(asked.shape)
-    right[asked] = hits.cpu().float()
-    return (right.sum(1) / asked.sum(1)).tolist()
-
-# %% ../../nbs/56_measure.ruler.ipynb #b04d6209
-def in_batches(samples: Sequence[Sample], size: int,
-               work: Callable[[Sequence[Sample]], list[Any]]) -> Iterator[list[Any]]:
-    "What `work` returns for batches of `samples`, of at most `size`, halved if memory runs out."
-    done = 0
-    while done < len(samples):
-        batch = samples[done:done + size]
-        try: found = work(batch)
-        except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not is_out_of_memory(error): raise
-            size = len(batch) // 2
-            continue
-        done += len(batch)
-        yield found
+    return (right_answers(model, batch).sum(1) / asked.sum(1)).tolist()
 
 # %% ../../nbs/56_measure.ruler.ipynb #1764f421
 @dataclass(frozen=True)
@@ -224,18 +205,21 @@ def task_score(model: Any, tokenizer: Any, prompts: Needles, config: RulerConfig
                note: Callable[[int], None]) -> TaskScore:
     "The scores of a model on `prompts`; `note` is called with the number of prompts done."
     samples = list(islice(prompts.samples(), config.samples))
+    room = Room(config.batch_size)
+
+    def in_parts(work: Callable[[Sequence[Sample]], list[Any]], told: bool) -> list[Any]:
+        def part(some: Sequence[Sample]) -> list[Any]:
+            found = work(some)
+            if told: note(len(found))
+            return found
+        return list(chain(*room(part, samples)))
+
     texts: list[str] = []
     shares: list[float] = []
-    if config.generate:
-        answer = in_batches(samples, config.batch_size, lambda b: generated(model, tokenizer, b))
-        for found in answer:
-            texts += found
-            note(len(found))
+    if config.generate: texts = in_parts(lambda some: generated(model, tokenizer, some), True)
     if config.force:
         pad = padding(tokenizer)
-        for found in in_batches(samples, config.batch_size, lambda b: forced(model, b, pad)):
-            shares += found
-            if not config.generate: note(len(found))
+        shares = in_parts(lambda some: forced(model, some, pad), not config.generate)
     # means over prompts, with their intervals
     right = [score(s.task, text, s.references) for s, text in zip(samples, texts)]
     return TaskScore(samples[0].task, samples[0].length,
