@@ -21,8 +21,9 @@ from ..ops.meter import PeakMemory, machine
 from ..train.stop import is_out_of_memory
 
 # %% auto #0
-__all__ = ['Race', 'prompt', 'Reading', 'reading', 'median_ratio', 'described', 'prefill_rows', 'bench_prefill', 'row_line',
-           'speed_lines', 'Desk', 'sit_down', 'write_in_turns', 'decode_rows', 'bench_decode', 'speed_figure']
+__all__ = ['Race', 'prompt', 'Reading', 'reading', 'median_ratio', 'described', 'prefill_rows', 'row_line', 'raced',
+           'bench_prefill', 'speed_lines', 'Desk', 'sit_down', 'write_in_turns', 'decode_rows', 'bench_decode',
+           'speed_figure']
 
 # %% ../../nbs/59_measure.speed.ipynb #1bd5fbbf
 class Race:
@@ -84,7 +85,7 @@ def reading(contestant: Contestant, length: int, wanted: SpeedBench) -> Reading:
 def median_ratio(over: list[float], under: list[float]) -> float | None:
     "Median of the ratios of neighbours; None without any."
     ratios = [x / y for x, y in zip(over, under)]
-    return round(statistics.median(ratios), 3) if ratios else None
+    return round(statistics.median(ratios), 4) if ratios else None
 
 def described(field: dict[str, Contestant], wanted: SpeedBench) -> dict[str, Any]:
     "What was measured, and on what."
@@ -119,6 +120,31 @@ def prefill_rows(race: Race, length: int) -> list[dict[str, Any]]:
             "counted_bytes": counted_bytes(name, race.field[name], length, DTYPES[wanted.dtype])})
     return rows
 
+# %% ../../nbs/59_measure.speed.ipynb #7fb4f871
+def row_line(row: dict[str, Any]) -> str:
+    "A row of a result as a line of text."
+    speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
+    return (f"{row['tokens']:>9,} {row['who']:17}{row['seconds']:>11.4f}{row['tokens_s']:>11,.1f}"
+            f"{speedup:>9}{row['cache_bytes'] / 2**20:>11,.1f}")
+
+
+def raced(
+    what: str, race: Race, rows_of: Callable[[Race, int], list[dict[str, Any]]], spent: str,
+    say: Callable[[str], Any],
+) -> dict[str, Any]:
+    """What `rows_of` measures at each length; `row[spent]` is the time that reading took.
+
+    A contestant leaves the race before a text for which it would need too long."""
+    lengths = sorted(race.wanted.lengths)
+    rows: list[dict[str, Any]] = []
+    for length, longer in zip(lengths, [*lengths[1:], None]):
+        fresh = rows_of(race, length)
+        for row in fresh:
+            race.slow_down(row["who"], length, row[spent] or 0.0, longer)
+            say(row_line(row))
+        rows += fresh
+    return {"what": what, **described(race.field, race.wanted), "rows": rows, "out": race.out}
+
 # %% ../../nbs/59_measure.speed.ipynb #e42f8bf4
 def bench_prefill(
     *,
@@ -130,23 +156,9 @@ def bench_prefill(
     Raises `ValueError` for settings that cannot work and for a model that is not there."""
     wanted = SpeedBench.make(settings)
     race = Race(contestants(wanted), wanted)
-    lengths = sorted(wanted.lengths)
     for contestant in race.field.values():              # the first call of all is slow
         read_prompt(contestant.model, prompt(contestant.model, 64), contestant.cache(), 32)
-    rows: list[dict[str, Any]] = []
-    for length, longer in zip(lengths, [*lengths[1:], None]):
-        fresh = prefill_rows(race, length)
-        for row in fresh:
-            race.slow_down(row["who"], length, row["seconds"], longer)
-            say(row_line(row))
-        rows += fresh
-    return {"what": "prefill", **described(race.field, wanted), "rows": rows, "out": race.out}
-
-def row_line(row: dict[str, Any]) -> str:
-    "A row of a result as a line of text."
-    speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
-    return (f"{row['tokens']:>9,} {row['who']:17}{row['seconds']:>11.4f}{row['tokens_s']:>11,.1f}"
-            f"{speedup:>9}{row['cache_bytes'] / 2**20:>11,.1f}")
+    return raced("prefill", race, prefill_rows, "seconds", say)
 
 def speed_lines(result: dict[str, Any]) -> list[str]:
     "The result of `bench_prefill` or `bench_decode` as lines of text."
@@ -249,15 +261,7 @@ def bench_decode(
     Raises `ValueError` for settings that cannot work and for a model that is not there."""
     wanted = SpeedBench.make(settings)
     race = Race(contestants(wanted), wanted)
-    lengths = sorted(wanted.lengths)
-    rows: list[dict[str, Any]] = []
-    for length, longer in zip(lengths, [*lengths[1:], None]):
-        fresh = decode_rows(race, length)
-        for row in fresh:
-            race.slow_down(row["who"], length, row["reading"] or 0.0, longer)
-            say(row_line(row))
-        rows += fresh
-    return {"what": "decode", **described(race.field, wanted), "rows": rows, "out": race.out}
+    return raced("decode", race, decode_rows, "reading", say)
 
 # %% ../../nbs/59_measure.speed.ipynb #c8e02c58
 def speed_figure(result: dict[str, Any]) -> Any:

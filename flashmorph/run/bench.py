@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 import torch
 from ..choose.gates import train_gates
+from ..measure.speed import median_ratio
 from ..model.morph import MorphableModel, morph
 from ..model.teacher import load_teacher
 from ..ops.meter import check_device, machine, peak_bytes, timed
@@ -17,8 +18,8 @@ from ..settings import Settings, setting
 from ..train.fit import Callback
 
 # %% auto #0
-__all__ = ['Rows', 'GateBench', 'bench_rows', 'forward_passes', 'contenders', 'take_turns', 'in_kernel', 'median_ratio',
-           'monitored', 'described', 'summed', 'row_line', 'monitor_line', 'gates_lines', 'bench_gates']
+__all__ = ['Rows', 'GateBench', 'bench_rows', 'forward_passes', 'contenders', 'take_turns', 'in_kernel', 'monitored', 'described',
+           'summed', 'row_line', 'monitor_line', 'gates_lines', 'bench_gates']
 
 # %% ../../nbs/84_run.bench.ipynb #dbdbe650
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +94,6 @@ def in_kernel() -> bool:
     "Is this a notebook, with a browser that shows widgets?"
     from IPython import get_ipython
     return getattr(get_ipython(), "kernel", None) is not None
-
-# %% ../../nbs/84_run.bench.ipynb #e7723474
-def median_ratio(over: list[float], under: list[float]) -> float:
-    "Median of the ratios of neighbours."
-    ratios = [x / y for x, y in zip(over, under)]
-    return round(statistics.median(ratios), 4)
 
 # %% ../../nbs/84_run.bench.ipynb #0e95c2e6
 def monitored(seconds: dict[str, list[float]], drawn: list[float]) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from ..store import nearest, write_aside
 # %% auto #0
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'bench', 'Count', 'Device', 'Json', 'Repeats', 'Model',
            'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo', 'selected', 'select',
-           'pretrain', 'show_measured', 'bench_ops', 'bench_gates', 'bench_align', 'run_speed', 'bench_prefill',
-           'bench_decode']
+           'pretrain', 'show_measured', 'bench_ops', 'bench_gates', 'bench_align', 'speed_command']
 
 # %% ../../nbs/89_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -220,36 +219,26 @@ Lengths = Annotated[str, typer.Option(help="Tokens, with commas between.")]
 Changes = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE", help="Another setting, e.g. rounds=1.")]
 
-def run_speed(what: str, model: str, lengths: str, chunk: int, changes: list[str] | None,
-              file: Path | None, **settings: Any) -> None:
-    "`bench_prefill` or `bench_decode`, with its rows as they come."
-    from flashmorph.measure import speed
-    from flashmorph.run.recipe import changed
-    with plain_errors():
-        for change in changes or []: changed(settings, change)
-        result = getattr(speed, f"bench_{what}")(
-            model=model, lengths=whole_numbers("--lengths", lengths), chunk=chunk,
-            say=show_progress, **settings)
-        show_measured(result, speed.speed_lines(result), file)
+def speed_command(what: str, does: str) -> None:
+    "Adds `bench prefill` or `bench decode`, which take the same options."
+    @bench.command(what, help=f"{does}: teacher against hybrid, time, memory, cache.")
+    def command(
+        model: Model = "50m", mixer: str = "lightning", lengths: Lengths = "512,1024,4096,16384",
+        chunk: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 2048,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: Device = "cpu",
+        changes: Changes = None, file: Json = None,
+    ) -> None:
+        from flashmorph.measure import speed
+        from flashmorph.run.recipe import changed
+        with plain_errors():
+            settings: dict[str, Any] = {"mixer": mixer, "dtype": dtype, "device": device}
+            for change in changes or []: changed(settings, change)
+            result = getattr(speed, f"bench_{what}")(
+                model=model, lengths=whole_numbers("--lengths", lengths), chunk=chunk,
+                say=show_progress, **settings)
+            show_measured(result, speed.speed_lines(result), file)
 
-@bench.command("prefill")
-def bench_prefill(
-    model: Model = "50m", mixer: str = "lightning", lengths: Lengths = "512,4096,16384",
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 2048,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: Device = "cpu",
-    changes: Changes = None, file: Json = None,
-) -> None:
-    "Reading texts of growing length: teacher against hybrid, time, memory, cache."
-    run_speed("prefill", model, lengths, chunk, changes, file,
-              mixer=mixer, dtype=dtype, device=device)
 
-@bench.command("decode")
-def bench_decode(
-    model: Model = "50m", mixer: str = "lightning", lengths: Lengths = "512,1024,4096,16384",
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 2048,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: Device = "cpu",
-    changes: Changes = None, file: Json = None,
-) -> None:
-    "Writing behind texts of growing length: teacher against hybrid, time, memory, cache."
-    run_speed("decode", model, lengths, chunk, changes, file,
-              mixer=mixer, dtype=dtype, device=device)
+for what, does in {"prefill": "Reading texts of growing length",
+                   "decode": "Writing behind texts of growing length"}.items():
+    speed_command(what, does)
