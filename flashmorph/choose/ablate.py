@@ -4,8 +4,7 @@
 
 # %% ../../nbs/65_choose.ablate.ipynb #46b07daf
 from __future__ import annotations
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 import torch
@@ -14,27 +13,15 @@ from .gates import answer_positions
 from .scores import ranked
 from ..data.mixture import batches
 from ..ledger import short_hash
+from ..model.branches import only_full
 from ..model.logits import divergence
 from ..model.morph import MorphableModel
 from ..selection import Ranking, check_layers
 from ..store import EventLog, checksum
 
 # %% auto #0
-__all__ = ['Asked', 'only_full', 'asked_of', 'digest_of', 'AnswerDivergence', 'without', 'remove_one', 'add_one', 'check_stops',
-           'by_place', 'eliminate', 'gather']
-
-# %% ../../nbs/65_choose.ablate.ipynb #822b29d0
-@contextmanager
-def only_full(model: MorphableModel, full: Iterable[int]) -> Iterator[None]:
-    "Inside, the layers `full` are full and all others linear. Raises `ValueError` for no layers."
-    kept = check_layers(full, model.num_layers)
-    layers = model.layers
-    before = [layer.forced for layer in layers]
-    try:
-        for layer in layers: layer.forced = float(layer.layer_idx in kept)
-        yield
-    finally:
-        for layer, forced in zip(layers, before): layer.forced = forced
+__all__ = ['Asked', 'asked_of', 'digest_of', 'AnswerDivergence', 'without', 'remove_one', 'add_one', 'check_stops', 'by_place',
+           'eliminate', 'gather']
 
 # %% ../../nbs/65_choose.ablate.ipynb #c7d35f7d
 Asked = tuple[Tensor, Tensor | None, Tensor, Tensor]      # ids, mask, where, the teacher's states
@@ -74,7 +61,6 @@ class AnswerDivergence:
         self.asked = [asked_of(model, batch) for batch in batches(books, batch_size, count)]
         if not self.asked: raise ValueError("books: expected at least one, got none")
         self.digest = digest_of(model, self.asked)
-        self.tokens = sum(ids.numel() for ids, *_ in self.asked)
         self.passes = 1
         self.stage = f"divergence {self.digest}"
         self.log = None if log is None else EventLog(log)
@@ -89,12 +75,14 @@ class AnswerDivergence:
             if self.log: self.log.append({**event, "divergence": self.known[kept]})
         return self.known[kept]
 
+    @property
+    def tokens(self) -> int: return self.passes * sum(ids.numel() for ids, *_ in self.asked)
+
     @torch.no_grad()
     def measure(self, kept: tuple[int, ...]) -> float:
         total, count = 0.0, 0
         self.passes += 1
-        self.tokens += sum(ids.numel() for ids, *_ in self.asked)
-        with only_full(self.model, kept):
+        with only_full(self.model.layers, kept):
             for ids, mask, where, target in self.asked:
                 mixed = self.model.hidden(ids, mask)[where]
                 total += divergence(self.model, self.model, mixed, target).item() * len(target)

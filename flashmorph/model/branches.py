@@ -5,7 +5,7 @@
 # %% ../../nbs/35_model.branches.ipynb #d2dc775e
 from __future__ import annotations
 import contextlib, copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from .layers import LinearAttention, expand_kv, hand_mask_down
 from .mixers import Mixer, State, parse_mixer
 from .parts import repeat_heads
 from ..ops.reference import compute_dtype
+from ..selection import check_layers
 
 # %% auto #0
-__all__ = ['Model', 'Reading', 'READINGS', 'MorphLayer', 'share', 'check_teacher', 'trial_host', 'reading_errors', 'try_layers',
-           'text_model', 'after_each', 'check_rows', 'branch_error', 'Finished', 'finish']
+__all__ = ['Model', 'Reading', 'READINGS', 'MorphLayer', 'only_full', 'share', 'check_teacher', 'trial_host', 'reading_errors',
+           'try_layers', 'text_model', 'after_each', 'check_rows', 'branch_error', 'Finished', 'finish']
 
 # %% ../../nbs/35_model.branches.ipynb #320095cd
 class MorphLayer(nn.Module):
@@ -59,6 +60,18 @@ class MorphLayer(nn.Module):
         dtype = compute_dtype(full)
         mixed = self.alpha * full.to(dtype) + (1 - self.alpha) * linear.to(dtype)
         return (mixed.to(full.dtype), *rest)
+
+# %% ../../nbs/35_model.branches.ipynb #b89f160f
+@contextlib.contextmanager
+def only_full(layers: Sequence[MorphLayer], full: Iterable[int]) -> Iterator[None]:
+    "Inside, the layers numbered `full` are full and all others linear; `ValueError` for no layers."
+    kept = check_layers(full, len(layers))
+    before = [layer.forced for layer in layers]
+    try:
+        for layer in layers: layer.forced = float(layer.layer_idx in kept)
+        yield
+    finally:
+        for layer, forced in zip(layers, before): layer.forced = forced
 
 # %% ../../nbs/35_model.branches.ipynb #ac4068e3
 Model = TypeVar("Model", bound=nn.Module)

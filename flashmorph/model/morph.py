@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from flashmorph.model.branches import (
-    MorphLayer, after_each, branch_error, check_rows, check_teacher, finish, share, text_model,
-    try_layers,
+    MorphLayer, after_each, branch_error, check_rows, check_teacher, finish, only_full, share,
+    text_model, try_layers,
 )
 from .hosts import Site, check_host
 from .hybrid import HybridConfig, HybridForCausalLM
@@ -60,16 +60,9 @@ def check_gates(values: float | Sequence[float] | Tensor, num_layers: int) -> Te
     return gates.expand(num_layers)
 
 # %% ../../nbs/36_model.morph.ipynb #0b99b373
-@contextlib.contextmanager
-def full_pass(model: MorphableModel) -> Iterator[None]:
+def full_pass(model: MorphableModel) -> contextlib.AbstractContextManager[None]:
     "Inside, every gate counts as 1: the teacher's forward pass. The gates keep their values."
-    layers = model.layers
-    before = [layer.forced for layer in layers]
-    try:
-        for layer in layers: layer.forced = 1.
-        yield
-    finally:
-        for layer, forced in zip(layers, before): layer.forced = forced
+    return only_full(model.layers, range(model.num_layers))
 
 # %% ../../nbs/36_model.morph.ipynb #b9257e42
 def past_checkpoints() -> contextlib.AbstractContextManager[Any]:
