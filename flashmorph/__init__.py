@@ -18,6 +18,7 @@ from flashmorph.measure.harness import lm_eval
 from flashmorph.measure.plan import plan
 from flashmorph.measure.ruler import ruler
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
+from flashmorph.model.layout import lay_out
 from flashmorph.model.mixers import Mixer, mixer_names, register_mixer
 from flashmorph.model.morph import MorphableModel, morph
 from flashmorph.model.teacher import load_model, load_teacher
@@ -47,7 +48,7 @@ __all__ = [
     "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
     "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate",
-    "evaluate_models", "finetune", "lm_eval", "load_model", "load_teacher", "mixer_names",
-    "morph", "needles", "passkeys", "plan", "rank", "register_mixer", "register_selector",
-    "ruler", "text", "train_gates", "uniform",
+    "evaluate_models", "finetune", "lay_out", "lm_eval", "load_model", "load_teacher",
+    "mixer_names", "morph", "needles", "passkeys", "plan", "rank", "register_mixer",
+    "register_selector", "ruler", "text", "train_gates", "uniform",
 ]

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/55_measure.pace.ipynb #a152f62f
 from __future__ import annotations
-import time
+import copy, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from .cost import CostModel
 from ..model.cache import GrowingLayer, cache_name, grow
+from ..model.layout import lay_out
 from ..model.morph import morph
 from ..model.teacher import load_model
 from ..ops.meter import check_device
@@ -99,13 +100,17 @@ def teacher_of(wanted: SpeedBench) -> PreTrainedModel:
     model, _ = load_model(wanted.model, dtype=dtype)
     return model.to(wanted.device).eval().requires_grad_(False)
 
+# %% ../../nbs/55_measure.pace.ipynb #f6154d9b
 def contestants(wanted: SpeedBench) -> dict[str, Contestant]:
-    "All that take turns, by name."
+    "All that take turns, by name; on a CPU each model is there a second time, tuned."
     teacher: Any = teacher_of(wanted)
     layers = kept_layers(teacher.config.num_hidden_layers)
-    hybrid = morph(teacher, wanted.mixer).commit(layers).eval().requires_grad_(False)
-    return {"teacher": Contestant(teacher, False), "teacher, growing": Contestant(teacher, True),
-            "hybrid": Contestant(hybrid, True)}
+    hybrid: Any = morph(teacher, wanted.mixer).commit(layers).eval().requires_grad_(False)
+    field = {"teacher": Contestant(teacher, False), "hybrid": Contestant(hybrid, True)}
+    if torch.device(wanted.device).type == "cpu":
+        for name, (model, _) in list(field.items()):
+            field[f"{name}, tuned"] = Contestant(lay_out(copy.deepcopy(model)), True)
+    return field
 
 # %% ../../nbs/55_measure.pace.ipynb #a2a84a4e
 def clock(device: str | torch.device) -> Callable[[], float]:
@@ -162,5 +167,5 @@ def counted_bytes(name: str, contestant: Contestant, length: int, dtype: torch.d
     "What `flashmorph.measure.cost` says that the cache will hold."
     config = contestant.model.config
     full = range(config.num_hidden_layers)
-    if name == "hybrid": full = config.full_layers
+    if name.startswith("hybrid"): full = config.full_layers
     return CostModel(config)(full, context=length, dtype=dtype).cache_bytes

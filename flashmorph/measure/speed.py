@@ -101,9 +101,10 @@ def described(field: dict[str, Contestant], wanted: SpeedBench) -> dict[str, Any
 def prefill_rows(race: Race, length: int) -> list[dict[str, Any]]:
     "One row for each contestant that can read `length` tokens."
     wanted = race.wanted
-    found: dict[str, list[Reading]] = {name: [] for name in race.field}
+    field = {name: one for name, one in race.field.items() if not name.endswith("tuned")}
+    found: dict[str, list[Reading]] = {name: [] for name in field}
     for _ in race.rounds():
-        for name, contestant in race.field.items():
+        for name, contestant in field.items():
             one = race.attempt(name, length, partial(reading, contestant, length, wanted))
             if one is not None: found[name].append(one)
     rows = []
@@ -184,10 +185,12 @@ class Desk:
         self.held = cache_bytes(self.cache), reserved_bytes(self.cache)
         self.seconds: list[float] = []
 
-    def growing(self) -> Desk:
-        "The same place in the same text with slots that grow, without reading again."
+    def beside(self, contestant: Contestant) -> Desk:
+        "The same place in the same text for another contestant, without reading again."
         other = copy.copy(self)
-        other.cache = grow(copy.deepcopy(self.cache))
+        other.model = contestant.model
+        other.cache = copy.deepcopy(self.cache)
+        if contestant.grows: grow(other.cache)
         other.reading = None
         other.seconds = []
         return other
@@ -205,15 +208,16 @@ class Desk:
 
 # %% ../../nbs/59_measure.speed.ipynb #24dc8e72
 def sit_down(race: Race, length: int) -> Iterator[tuple[str, Desk]]:
-    "Each contestant that can read `length` tokens, when it has; the teacher's cache serves twice."
+    "Each contestant that can read `length` tokens, when it has; what one has read serves tuned."
     for name, contestant in race.field.items():
-        if name == "teacher, growing": continue
+        if name.endswith("tuned"): continue
         desk = race.attempt(name, length, partial(Desk, contestant, length, race.wanted))
         if desk is None: continue
         yield name, desk
-        if name == "teacher" and hasattr(desk, "cache"):    # not on a GPU
-            again = race.attempt("teacher, growing", length, desk.growing)
-            if again is not None: yield "teacher, growing", again
+        tuned = f"{name}, tuned"
+        if tuned not in race.field: continue
+        again = race.attempt(tuned, length, partial(desk.beside, race.field[tuned]))
+        if again is not None: yield tuned, again
 
 def write_in_turns(race: Race, length: int) -> dict[str, Desk]:
     "All contestants behind a text of `length` tokens, after their last round."
