@@ -20,6 +20,7 @@ from flashmorph.data.text import encode
 from flashmorph.longtasks import NEEDLE_TASKS, NIAH, TooShort, score
 from flashmorph.measure.evaluate import evaluate_recall
 from flashmorph.measure.ruler import generated, read_ruler, ruler
+from flashmorph.train.distill import NextTokenObjective
 
 every_task = pytest.mark.parametrize("task", NEEDLE_TASKS)
 
@@ -358,3 +359,24 @@ def test_the_stream_is_what_the_public_name_makes():
     assert isinstance(fm.needles(Bytes(), task="vt", length=900), Needles)
     assert NeedlesConfig(task="vt").length == 4096
     assert callable(fm.ruler)
+
+
+def test_needles_beside_passkeys():
+    """Rows with and without padding share a batch, in training and in evaluation.
+
+    The loss of a mixed batch is the mean of its tokens, each row read alone without padding."""
+    teacher, tokenizer = fm.load_teacher()
+    prompts = needles(tokenizer, task="niah_single_1", length=200)
+    books = fm.passkeys(tokenizer, length=200, keys=2, words_per_key=3)
+    rows = list(islice(fm.Mixture([prompts, books], [0.5, 0.5]), 8))
+    batch = stack(rows)
+    assert {"attention_mask" in row for row in rows} == {True, False}
+    assert not batch["attention_mask"].all()
+    losses = []
+    for row, mask in zip(rows, batch["attention_mask"]):
+        real = row["input_ids"][mask.bool()][None]
+        with torch.no_grad(): logits = teacher(real).logits[0, :-1]
+        losses.append(nn.functional.cross_entropy(logits, real[0, 1:], reduction="none"))
+    objective = NextTokenObjective(teacher)
+    torch.testing.assert_close(objective(batch)[0].detach(), torch.cat(losses).mean())
+    fm.finetune(teacher, rows, steps=1, batch_size=8, progress=False)

@@ -5,10 +5,11 @@
 # %% ../../nbs/26_data.batches.ipynb #82b768ff
 from __future__ import annotations
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 import torch
 from torch import Tensor
+from .mixture import with_masks
 
 # %% auto #0
 __all__ = ['ROW', 'as_tensors', 'stack_key', 'stack', 'real_tokens', 'check_ids', 'check_tokens', 'rows_of', 'restart', 'Batches']
@@ -27,7 +28,7 @@ def as_tensors(row: Any) -> dict[str, Tensor]:
         raise ValueError(f"{ROW}; got the keys {list(row)} and {error}") from None
 
 # %% ../../nbs/26_data.batches.ipynb #e7161f41
-def stack_key(key: str, rows: list[dict[str, Tensor]]) -> Tensor:
+def stack_key(key: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
     "The tensors `key` of all rows, stacked. Raises `ValueError` if their shapes differ."
     shapes = sorted({tuple(row[key].shape) for row in rows})
     if len(shapes) > 1:
@@ -37,8 +38,10 @@ def stack_key(key: str, rows: list[dict[str, Tensor]]) -> Tensor:
 
 # %% ../../nbs/26_data.batches.ipynb #0ffa44e4
 def stack(rows: Iterable[Any]) -> dict[str, Tensor]:
-    "One batch: each key's tensors of all rows, stacked. Raises `ValueError` if rows differ."
-    tensors = [as_tensors(row) for row in rows]
+    """One batch: each key's tensors of all rows, stacked. Raises `ValueError` if rows differ.
+
+    A missing `attention_mask` is filled in beside rows that have one, as `with_masks`."""
+    tensors = with_masks([as_tensors(row) for row in rows])
     first = tensors[0]
     for row in tensors:
         if row.keys() != first.keys():

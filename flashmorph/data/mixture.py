@@ -11,7 +11,8 @@ import torch
 from .stories import digest, state_value
 
 # %% auto #0
-__all__ = ['check_weights', 'fingerprint', 'draw_stream', 'Mixture', 'whole_number', 'check_alike', 'stack', 'batches']
+__all__ = ['check_weights', 'fingerprint', 'draw_stream', 'Mixture', 'whole_number', 'with_masks', 'check_alike', 'stack',
+           'batches']
 
 # %% ../../nbs/24_data.mixture.ipynb #9f549c32
 def check_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -93,6 +94,20 @@ def whole_number(name: str, value: Any, low: int = 1) -> int:
         raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
     return number
 
+# %% ../../nbs/24_data.mixture.ipynb #50bd3558
+def with_masks(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    "The rows; if some have an `attention_mask`, those without one get a mask of ones."
+    masked = [row for row in rows if "attention_mask" in row]
+    if not masked: return list(rows)
+    dtype = torch.as_tensor(masked[0]["attention_mask"]).dtype
+    filled: list[Mapping[str, Any]] = []
+    for row in rows:
+        if "attention_mask" not in row and "input_ids" in row:
+            ids = torch.as_tensor(row["input_ids"])
+            row = {**row, "attention_mask": torch.ones_like(ids, dtype=dtype)}
+        filled.append(row)
+    return filled
+
 # %% ../../nbs/24_data.mixture.ipynb #7e3bcebb
 def check_alike(rows: Sequence[Any]) -> None:
     "Raises `TypeError` for what is no row, `ValueError` for rows of different keys and for none."
@@ -109,7 +124,8 @@ def check_alike(rows: Sequence[Any]) -> None:
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """One batch of `rows`: what has length `(length,)` in a row is `(len(rows), length)`.
 
-    Raises `ValueError` for rows of different lengths, and errors as `check_alike`."""
+    A missing `attention_mask` is filled in beside rows that have one, as `with_masks`. Raises `ValueError` for rows of different lengths, and errors as `check_alike`."""
+    if all(isinstance(row, Mapping) for row in rows): rows = with_masks(rows)
     check_alike(rows)
     batch = {}
     for key in rows[0]:

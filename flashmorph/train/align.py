@@ -44,6 +44,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 others, lr=lr, weight_decay=weight_decay, betas=betas))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        "What a copy keeps: an optimizer of torch forgets all but its groups and states."
+        return {**super().__getstate__(), "parts": self.parts}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore
         loss = None
@@ -149,6 +153,8 @@ class AlignConfig(FitConfig):
     optimizer: str = setting("muon", choices=tuple(RATES))
     relative: bool = True
 
+    def complete(self) -> AlignConfig: return with_schedule(self)
+
     def check(self) -> None:
         if not self.recompute: return
         raise ValueError("align.recompute: the gradients of stage 1 stay within a layer, so none "
@@ -186,7 +192,6 @@ def align(
     on rows held out. The paper uses 320M tokens of length 512.
     `run`, `resume`, `facts` and errors are those of `fit`; `TypeError` for other models."""
     config, run = stage_settings(AlignConfig, config, settings, run)
-    config = with_schedule(config)
     with flags_kept(model):
         tokens = config.start_tokens if config.start == "least-squares" else 0
         objective = AlignObjective(model, config.relative, tokens, config.optimizer)

@@ -280,15 +280,15 @@ def fit(
     the last checkpoint stays."""
     again = recomputing(objective) if config.recompute else contextlib.nullcontext()
     place = None if run is None else Run(run)
-    state = State(objective, data, config, plain_name(stage), place)
+    state = State(objective, data, config.complete(), plain_name(stage), place)
     heard = list(callbacks) if state.acc.is_main_process else []
     with again, place.lock() if place and state.writes else contextlib.nullcontext():
         if place:
             if state.writes: place.start()
-            state.facts = all_facts(objective, data, config, stage, facts or {})
+            state.facts = all_facts(objective, data, state.config, stage, facts or {})
         tensors = restore(state) if resume else fresh(state)
         try:
-            for callback in heard: callback.start(stage, config, state.events)
+            for callback in heard: callback.start(stage, state.config, state.events)
             with memory_advice(stage):
                 objective.to(state.acc.device)
                 if state.last is None: begin(state, heard, progress)

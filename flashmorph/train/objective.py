@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from ..settings import Settings, setting
@@ -38,6 +38,10 @@ class FitConfig(Settings):
     seed: int = setting(0, low=0, high=2**31 - 1)
     save_every: int = setting(100, low=1, high=MOST)            # steps between checkpoints
     keep: int = setting(2, low=1, high=MOST)                    # unfinished checkpoints kept
+
+    def complete(self) -> Self:
+        "The settings with values for what was left open; here, nothing is left open."
+        return self
 
     def lr_at(self, step: int) -> float:
         "The learning rate of step `step` (0-based)."
