@@ -24,6 +24,7 @@ from flashmorph.model.morph import MorphableModel, morph
 from flashmorph.model.teacher import load_model, load_teacher
 from flashmorph.run.models import evaluate_models
 from flashmorph.selection import Ranking, Selection
+from flashmorph.serve import native as _native  # noqa: F401 (registers `gdn_native`)
 from flashmorph.train.align import align
 from flashmorph.train.distill import distill, finetune
 from flashmorph.train.objective import Callback, FitConfig, FitResult

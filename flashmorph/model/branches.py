@@ -117,15 +117,15 @@ def trial_host(model: PreTrainedModel, sites: Sequence[Site], mixer: str) -> Pre
     """A copy of `model` that shares its tensors, with linear layers without weights at `sites`.
 
     `mixer` is the one to come; its options `rope` and `expand_kv` count."""
-    _, options = parse_mixer(mixer)
+    cls, options = parse_mixer(mixer)
     host: Any = share(model)
     for name, _, dims in sites:
         attn = host.get_submodule(name)
-        if options.get("expand_kv"):
+        if options.get("expand_kv", cls.expand_kv):
             attn = copy.deepcopy(attn)
             dims = expand_kv(attn, dims)
         mean = _Mean(dims)
-        mean.rope = options.get("rope", True)
+        mean.rope = options.get("rope", cls.rope)
         host.set_submodule(name, LinearAttention(attn, mean))
     hand_mask_down(host)
     return host

@@ -7,6 +7,7 @@ __all__ = ['OWN', 'MIRRORED', 'HybridConfig', 'HybridForCausalLM']
 
 # %% ../../nbs/34_model.hybrid.ipynb #0770b9ec
 import copy
+from importlib import import_module
 from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -181,6 +182,11 @@ class _Host(PreTrainedModel):
         "As in transformers, in the format `dtype`; see `saved_format` for the default."
         with in_format(self, dtype or saved_format(self)):
             return super().save_pretrained(*args, **kwargs)
+
+    def export(self, folder: Any, form: str, **settings: Any) -> dict[str, Any]:
+        "Write a checkpoint that engines load alone; see `flashmorph.serve.export.export`."
+        # a later chapter, found by its name: it imports this one
+        return import_module("flashmorph.serve.export").export(self, folder, form, **settings)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None: _refuse_a_copy()

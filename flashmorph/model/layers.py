@@ -155,9 +155,10 @@ def linear_attention(
     Raises `ValueError` for a mixer whose options do not fit `attn`."""
     cls, options = parse_mixer(mixer)
     dims = sizes if isinstance(sizes, MixerDims) else mixer_dims(attn, sizes)
-    if not options.get("rope", True): check_rotary(attn, "rope")
-    if options.get("expand_kv"): dims = expand_kv(attn, dims)
+    if not options.get("rope", cls.rope): check_rotary(attn, "rope")
+    if options.get("expand_kv", cls.expand_kv): dims = expand_kv(attn, dims)
     new = cls(dims, **options)
+    new.take_over(attn)
     like = next(p for p in attn.parameters() if p.is_floating_point())
     return LinearAttention(attn, new.to(device=like.device, dtype=like.dtype))
 

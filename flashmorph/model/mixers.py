@@ -14,9 +14,8 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from flashmorph.model.parts import (
-    GatedNorm, convolve_heads, decays_for, lightning_log_decay, repeat_heads,
-)
+from .parts import (
+    GatedNorm, convolve_heads, decays_for, lightning_log_decay, repeat_heads, unit_length)
 from ..ops.conv import ShortConv, check_conv
 from ..ops.dispatch import gdn, gla, lightning
 from ..settings import Rule, converted, expected
@@ -75,6 +74,9 @@ class Mixer(nn.Module):
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
         "Raise `ValueError` for an option whose value makes no sense; types are checked already."
+
+    def take_over(self, attn: Any) -> None:
+        "Start from `attn`, whose softmax the new mixer replaces; may change what `attn` computes."
 
     def forward(
         self,
@@ -268,16 +270,12 @@ class GLA(StateMixer):
         if real is not None: log_decay = torch.where(real[..., None], log_decay, 0)
         return gla(q, k, v, log_decay, scale=scale, state=state)
 
-# %% ../../nbs/30_model.mixers.ipynb #a286c6d8
-def _unit(x: Tensor) -> Tensor:
-    "Vectors of length 1, in the dtype of `x`."
-    return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
-
 # %% ../../nbs/30_model.mixers.ipynb #247ebcb2
 @register_mixer("gdn")
 class GDN(StateMixer):
     "Gated DeltaNet (arXiv 2412.06464): a decay and a writing strength per token and head."
     float32 = ("A_log", "dt_bias")
+    unit = staticmethod(unit_length)
 
     def build(self, dims: MixerDims) -> None:
         self.a = nn.Linear(dims.hidden_size, dims.num_heads, bias=False)
@@ -295,4 +293,4 @@ class GDN(StateMixer):
         log_decay = -rate * step
         if real is not None: log_decay = torch.where(real, log_decay, 0)
         beta = torch.sigmoid(self.b(hidden).float())
-        return gdn(_unit(q), _unit(k), v, log_decay, beta, scale=scale, state=state)
+        return gdn(self.unit(q), self.unit(k), v, log_decay, beta, scale=scale, state=state)

@@ -15,12 +15,14 @@ from flashmorph.run.terminal import (
     OneLineErrors, console, plain_errors, show, show_progress, show_step,
 )
 from ..selection import Selection
+from ..serve.export import export_command
 from ..store import nearest, write_aside
 
 # %% auto #0
-__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'bench', 'Count', 'Device', 'Json', 'Repeats', 'Model',
-           'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo', 'selected', 'select',
-           'pretrain', 'show_measured', 'bench_ops', 'bench_gates', 'bench_align', 'speed_command']
+__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Json',
+           'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo',
+           'selected', 'select', 'pretrain', 'show_measured', 'bench_ops', 'bench_gates', 'bench_align',
+           'speed_command']
 
 # %% ../../nbs/99_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -122,6 +124,9 @@ def select(
 # %% ../../nbs/99_run.cli.ipynb #037f403f
 app.command()(evaluate)
 run_harness = app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(harness)
+
+# %% ../../nbs/99_run.cli.ipynb #e6b4004a
+run_export = app.command("export")(export_command)
 
 # %% ../../nbs/99_run.cli.ipynb #2f96057b
 @app.command()
