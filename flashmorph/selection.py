@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json, math, operator, os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from torch import Tensor
@@ -14,7 +14,8 @@ from .store import read_json, write_aside
 
 # %% auto #0
 __all__ = ['whole', 'members', 'check_layers', 'check_budget', 'budget_or_quarter', 'check_room', 'check_pins', 'as_score',
-           'check_scores', 'check_origin', 'Selection', 'selection_from', 'check_order', 'top_k', 'Ranking']
+           'check_scores', 'check_origin', 'Selection', 'selection_from', 'check_order', 'top_k', 'check_facts',
+           'Ranking', 'save_ranking', 'load_ranking']
 
 # %% ../nbs/01_selection.ipynb #cb73eb5b
 def whole(value: Any, what: str) -> int:
@@ -225,23 +226,40 @@ def top_k(
     return Selection(layers, count, method, check_scores(scores, count), digest, kept, dropped)
 
 # %% ../nbs/01_selection.ipynb #26dca762
+def check_facts(facts: Any) -> dict[str, Any]:
+    "Facts as a dict of what JSON can hold. Raises `ValueError` for anything else."
+    try:
+        known = json.loads(json.dumps(facts, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"facts: expected values that JSON can hold ({error})") from None
+    if not isinstance(known, dict):
+        raise ValueError(f"facts: expected values by their names, got {facts!r}")
+    return known
+
+# %% ../nbs/01_selection.ipynb #71e00b05
 @dataclass(frozen=True)
 class Ranking:
     """An order of the L layers, most worth keeping first: what a selector returns.
 
     `method` names the selector, `scores` (a larger score: keep) are what it sorted by, and
-    `digest` names where they came from. Raises `ValueError` unless `order` holds each of 0..L-1
+    `digest` names where they came from. `budget` is the only budget that the order answers (None:
+    all). `facts` is what the selector spent and saw: seed, tokens, seconds, passes, data. Facts do
+    not count when rankings are compared. Raises `ValueError` unless `order` holds each of 0..L-1
     once and there is a finite score for each layer, or none at all."""
     method: str
     order: tuple[int, ...]
     scores: tuple[float, ...] | None = None
     digest: str | None = None
+    budget: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         check_origin(self.method, self.digest)
         order = check_order(self.order)
         # frozen for everyone else
         self.__dict__.update(order=order, scores=check_scores(self.scores, len(order)))
+        self.__dict__.update(facts=check_facts(self.facts))
+        if self.budget is not None: check_budget(self.budget, len(order))
 
     @property
     def num_layers(self) -> int: return len(self.order)
@@ -250,5 +268,31 @@ class Ranking:
         self, budget: int, *, full: Iterable[int] = (), linear: Iterable[int] = ()
     ) -> Selection:
         "The `Selection` of `budget` layers, with those pinned by hand; see `top_k`."
+        if self.budget not in (None, check_budget(budget, self.num_layers)):
+            raise ValueError(f"budget: {self.method} searched for {self.budget} layers only, got "
+                             f"{budget}: rank again with budget={budget}")
         return top_k(self.order, budget, method=self.method, scores=self.scores,
                      digest=self.digest, full=full, linear=linear)
+
+    def save(self, path: str | os.PathLike) -> Path: return save_ranking(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Ranking: return load_ranking(path)
+
+# %% ../nbs/01_selection.ipynb #59aec299
+def save_ranking(ranking: Ranking, path: str | os.PathLike) -> Path:
+    "Write the file `path`, which ends in `.json`, or `ranking.json` in the folder `path`."
+    file = Path(path).expanduser()
+    if file.suffix != ".json": file = file / "ranking.json"
+    text = json.dumps(asdict(ranking), indent=1, allow_nan=False)
+    write_aside(file, lambda p: p.write_text(text, encoding="utf-8"))
+    return file
+
+
+def load_ranking(path: str | os.PathLike) -> Ranking:
+    "What `save_ranking` wrote, from the file or its folder. Raises `ValueError` naming the file."
+    values = read_json(path, "a ranking", "ranking.json")
+    try:
+        return Ranking(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a ranking: {error}") from error
