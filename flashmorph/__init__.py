@@ -5,6 +5,7 @@ __version__ = "0.0.1"
 # What is slow to import (plotly, datasets, kernels) is imported inside the functions that need it:
 # `import flashmorph` stays light, which tests/test_rules.py checks. The import of
 # `flashmorph.model.hybrid` registers the hybrid with transformers' Auto classes.
+from flashmorph.choose import relaxed as _r, scores as _s, tuned as _t  # noqa: F401 (selectors)
 from flashmorph.choose.gates import train_gates
 from flashmorph.choose.rank import rank, register_selector
 from flashmorph.choose.trajectory import GateRun

@@ -4,109 +4,180 @@
 
 # %% ../../nbs/65_choose.ablate.ipynb #46b07daf
 from __future__ import annotations
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
 from .gates import answer_positions
-from .scores import ranked
+from .rank import Scoring, as_ranking, register_selector, weights_digest
 from ..data.mixture import batches
 from ..ledger import short_hash
-from ..model.branches import only_full
 from ..model.logits import divergence
 from ..model.morph import MorphableModel
+from ..model.recompute import Tape, shares_blocks
 from ..selection import Ranking, check_layers
+from ..settings import setting
 from ..store import EventLog, checksum
 
 # %% auto #0
-__all__ = ['Asked', 'asked_of', 'digest_of', 'AnswerDivergence', 'without', 'remove_one', 'add_one', 'check_stops', 'by_place',
-           'eliminate', 'gather']
+__all__ = ['Asked', 'Positions', 'Part', 'asked_of', 'books_digest', 'digest_of', 'measured_in', 'in_tape_order',
+           'AnswerDivergence', 'sum_over', 'note', 'measure', 'equivalents', 'facts_of', 'without', 'remove_one',
+           'add_one', 'check_stops', 'by_place', 'eliminate', 'gather', 'Eliminate', 'by_divergence']
 
 # %% ../../nbs/65_choose.ablate.ipynb #c7d35f7d
 Asked = tuple[Tensor, Tensor | None, Tensor, Tensor]      # ids, mask, where, the teacher's states
+Positions = Callable[[dict[str, Tensor]], Tensor]         # of a batch: bool (B, T)
 
 
-def asked_of(model: MorphableModel, batch: Mapping[str, Tensor]) -> Asked:
+def asked_of(
+    model: MorphableModel, batch: Mapping[str, Tensor], positions: Positions = answer_positions
+) -> Asked:
     "A batch on the model's device, where it answers, and the teacher's hidden states there."
     moved = {name: x.to(model.device) for name, x in batch.items()}
     ids, mask = moved["input_ids"], moved.get("attention_mask")
-    where = answer_positions(moved)
+    # rows of text have no answers
+    where = positions({"answers": torch.zeros_like(ids), **moved})
     if not where.any():
         raise ValueError("books: expected tokens to answer (see passkeys), got rows without any")
     with torch.no_grad(), model.full_pass(): hidden = model.hidden(ids, mask)
     return ids, mask, where, hidden[where]
 
+# %% ../../nbs/65_choose.ablate.ipynb #7e37f514
+def books_digest(asked: Sequence[Asked]) -> str:
+    "Of the tokens that were read, and of the positions that count."
+    books = {f"{i}.{j}": x.cpu() for i, parts in enumerate(asked)
+             for j, x in enumerate(parts[:3]) if x is not None}
+    return checksum(books)
+
 
 def digest_of(model: MorphableModel, asked: Sequence[Asked]) -> str:
     "Of everything that a divergence depends on: the weights, without gates, and the books."
-    state = model.state_dict()
-    weights = {k: x.detach().cpu() for k, x in state.items() if not k.endswith(".alpha")}
-    books = {f"{i}.{j}": x.cpu() for i, parts in enumerate(asked)
-             for j, x in enumerate(parts[:3]) if x is not None}
-    return short_hash(checksum(weights), checksum(books))
+    return short_hash(weights_digest(model), books_digest(asked))
+
+# %% ../../nbs/65_choose.ablate.ipynb #35d88324
+Part = tuple[tuple[int, ...], int]                          # a set of layers, and a batch
+
+def measured_in(
+    log: EventLog | None, stage: str
+) -> tuple[dict[tuple[int, ...], float], dict[Part, float]]:
+    "What a file holds of a stage: values of whole sets, and sums over one batch of a set."
+    known: dict[tuple[int, ...], float] = {}
+    parts: dict[Part, float] = {}
+    for event in () if log is None else log.stage(stage):
+        kept = tuple(event["full"])
+        if "batch" in event: parts[kept, event["batch"]] = float(event["sum"])
+        else: known[kept] = float(event["divergence"])
+    return known, parts
+
+
+def in_tape_order(sets: Iterable[tuple[int, ...]], layers: int) -> list[tuple[int, ...]]:
+    "Sets in an order in which neighbours agree in as many low layers as possible."
+    def branches(kept: tuple[int, ...]) -> list[bool]: return [i in kept for i in range(layers)]
+    return sorted(sets, key=branches, reverse=True)
 
 # %% ../../nbs/65_choose.ablate.ipynb #c59ee8db
 class AnswerDivergence:
     """KL(teacher || model with some layers full) over the answers of `books`, in nats a token.
 
     Reads `count` books (all, if None) and keeps the teacher's hidden states of their answers.
-    Counts `tokens` and forward `passes`. `log`: a file that keeps what was measured. Raises
-    `ValueError` for books without answers, and if there are too few."""
+    Counts sets asked as forward `passes`, and the blocks that `ran` where layers are shared.
+    `log`: a file that keeps what was measured. Raises `ValueError` for books without answers, and
+    if there are too few."""
+    what = "divergence"
+
     def __init__(
         self, model: MorphableModel, books: Iterable[Mapping[str, Any]], count: int | None = None,
-        *, batch_size: int = 4, log: str | Path | None = None,
+        *, batch_size: int = 4, log: str | Path | None = None, share: bool = True,
     ):
         self.model = model.eval()
-        self.asked = [asked_of(model, batch) for batch in batches(books, batch_size, count)]
+        rows = batches(books, batch_size, count)
+        self.asked = [asked_of(model, batch, self.where) for batch in rows]
         if not self.asked: raise ValueError("books: expected at least one, got none")
         self.digest = digest_of(model, self.asked)
-        self.passes = 1
-        self.stage = f"divergence {self.digest}"
+        self.share = share and shares_blocks(model)
+        self.passes, self.ran = 1, 0
+        self.stage = f"{self.what} {self.digest}"
         self.log = None if log is None else EventLog(log)
-        events = () if self.log is None else self.log.stage(self.stage)
-        self.known = {tuple(event["full"]): float(event["divergence"]) for event in events}
+        self.known, self.parts = measured_in(self.log, self.stage)
 
-    def __call__(self, full: Iterable[int]) -> float:
-        kept = tuple(check_layers(full, self.model.num_layers))
-        if kept not in self.known:
-            self.known[kept] = self.measure(kept)
-            event = {"stage": self.stage, "step": len(self.known), "full": list(kept)}
-            if self.log: self.log.append({**event, "divergence": self.known[kept]})
-        return self.known[kept]
+    def where(self, batch: Mapping[str, Tensor]) -> Tensor: return answer_positions(batch)
+
+    def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> float:
+        "The sum over the positions of a batch, from the hidden states of the mix and the teacher."
+        return divergence(self.model, self.model, mixed, target).item() * len(target)
+
+    def __call__(self, full: Iterable[int]) -> float: return self.many([full])[0]
+
+    def many(self, sets: Iterable[Iterable[int]]) -> list[float]:
+        "The values of several sets, those that are not known in the order that shares most."
+        wanted = [tuple(check_layers(full, self.model.num_layers)) for full in sets]
+        measure(self, in_tape_order({*wanted} - self.known.keys(), self.model.num_layers))
+        return [self.known[kept] for kept in wanted]
 
     @property
     def tokens(self) -> int: return self.passes * sum(ids.numel() for ids, *_ in self.asked)
 
-    @torch.no_grad()
-    def measure(self, kept: tuple[int, ...]) -> float:
-        total, count = 0.0, 0
-        self.passes += 1
-        with only_full(self.model.layers, kept):
-            for ids, mask, where, target in self.asked:
-                mixed = self.model.hidden(ids, mask)[where]
-                total += divergence(self.model, self.model, mixed, target).item() * len(target)
-                count += len(target)
-        return total / count
+# %% ../../nbs/65_choose.ablate.ipynb #7bac0311
+@torch.no_grad()
+def sum_over(far: AnswerDivergence, tape: Tape, batch: int, kept: tuple[int, ...]) -> float:
+    "The sum over the answers of one batch, with the blocks that the tape knows."
+    ids, mask, where, target = far.asked[batch]
+    hidden = tape.hidden(ids, mask, kept)
+    return far.loss(hidden[where], ids, where, target)
+
+
+def note(far: AnswerDivergence, event: dict[str, Any]) -> None:
+    "Write to the file, if there is one."
+    step = len(far.known) + len(far.parts)
+    if far.log: far.log.append({"stage": far.stage, "step": step, **event})
+
+
+def measure(far: AnswerDivergence, sets: Sequence[tuple[int, ...]]) -> None:
+    "Ask for each of `sets`, batch by batch, so that one batch is on the tape at a time."
+    for batch in range(len(far.asked)):
+        tape = Tape(far.model, far.share)
+        for kept in sets:
+            if (kept, batch) in far.parts: continue
+            value = far.parts[kept, batch] = sum_over(far, tape, batch, kept)
+            note(far, {"full": list(kept), "batch": batch, "sum": value})
+        far.ran += tape.ran
+    count = sum(len(target) for *_, target in far.asked)
+    for kept in sets:
+        far.passes += 1
+        far.known[kept] = sum(far.parts[kept, batch] for batch in range(len(far.asked))) / count
+        note(far, {"full": list(kept), "divergence": far.known[kept]})
+
+# %% ../../nbs/65_choose.ablate.ipynb #3de66582
+def equivalents(far: AnswerDivergence) -> float:
+    "Forward passes over all books that the blocks computed amount to, the teacher's too."
+    return 1 + far.ran / len(far.asked) / far.model.num_layers
+
+
+def facts_of(far: AnswerDivergence) -> dict[str, Any]:
+    "What a ranking records of its measurements."
+    return {"tokens": far.tokens, "passes": far.passes, "equivalents": equivalents(far),
+            "data": books_digest(far.asked)[:16], "model": weights_digest(far.model)[:16]}
 
 # %% ../../nbs/65_choose.ablate.ipynb #b1c45e86
-def without(far: AnswerDivergence, full: Sequence[int], layer: int) -> float:
-    "The divergence when `layer` leaves the layers `full`."
-    return far([i for i in full if i != layer])
+def without(far: AnswerDivergence, full: Sequence[int]) -> dict[int, float]:
+    "For each of the layers `full`, the divergence when it alone leaves them."
+    sets = [{*full} - {layer} for layer in full]
+    return dict(zip(full, far.many(sets)))
 
 
 def remove_one(far: AnswerDivergence) -> Ranking:
     "Score of a layer: the divergence of the teacher in which it alone is linear."
-    every = range(far.model.num_layers)
-    scores = [without(far, every, layer) for layer in every]
-    return ranked(scores, "remove-one", far.digest)
+    missed = without(far, range(far.model.num_layers))
+    return replace(as_ranking(missed.values(), "remove-one"), digest=far.digest)
 
 
 def add_one(far: AnswerDivergence) -> Ranking:
     "Score of a layer: what it takes, as the only full layer, from the divergence of none."
-    nothing = far([])
-    scores = [nothing - far([layer]) for layer in range(far.model.num_layers)]
-    return ranked(scores, "add-one", far.digest)
+    nothing, *alone = far.many([[], *([layer] for layer in range(far.model.num_layers))])
+    scores = [nothing - value for value in alone]
+    return replace(as_ranking(scores, "add-one"), digest=far.digest)
 
 # %% ../../nbs/65_choose.ablate.ipynb #5c022cca
 def check_stops(stops: Iterable[int] | None, layers: int) -> list[int]:
@@ -123,7 +194,7 @@ def by_place(order: Sequence[int], method: str, digest: str) -> Ranking:
     "The ranking of `order`, most worth keeping first: the first of L layers scores L."
     count = len(order)
     scores = [float(count - list(order).index(i)) for i in range(count)]
-    return ranked(scores, method, digest)
+    return replace(as_ranking(scores, method), digest=digest)
 
 # %% ../../nbs/65_choose.ablate.ipynb #3f3e3097
 def eliminate(far: AnswerDivergence, stops: Iterable[int] | None = None) -> Ranking:
@@ -131,7 +202,7 @@ def eliminate(far: AnswerDivergence, stops: Iterable[int] | None = None) -> Rank
     left = list(range(far.model.num_layers))
     gone: list[int] = []
     for stop in check_stops(stops, len(left)):
-        missed = {layer: without(far, left, layer) for layer in left}
+        missed = without(far, left)
         # of equal layers the higher index leaves, as a ranking keeps the lower one
         for layer in sorted(left, key=lambda i: (missed[i], -i))[:len(left) - stop]:
             left.remove(layer)
@@ -144,5 +215,34 @@ def gather(far: AnswerDivergence) -> Ranking:
     found: list[int] = []
     for _ in range(far.model.num_layers):
         free = [i for i in range(far.model.num_layers) if i not in found]
-        found.append(min(free, key=lambda i: (far([*found, i]), i)))
+        values = dict(zip(free, far.many([[*found, i] for i in free])))
+        found.append(min(free, key=lambda i: (values[i], i)))
     return by_place(found, "gather", far.digest)
+
+# %% ../../nbs/65_choose.ablate.ipynb #4473dee0
+@dataclass(frozen=True, kw_only=True)
+class Eliminate(Scoring):
+    "Settings of `eliminate`: `stops` are the numbers of full layers at which it asks again."
+    stops: tuple[int, ...] | None = setting(None, low=0)
+
+
+def by_divergence(
+    name: str, ask: Callable[..., Ranking], settings: type[Scoring] = Scoring,
+    measure: type[AnswerDivergence] = AnswerDivergence,
+) -> None:
+    "Registers a function of an `AnswerDivergence`, and of the settings that it takes."
+    own = [key for key in settings.setting_names() if key not in Scoring.setting_names()]
+
+    def selector(model, books, config, log) -> Ranking:
+        far = measure(model, books, config.count, batch_size=config.batch_size, log=log)
+        ranking = ask(far, **{key: config[key] for key in own})
+        return replace(ranking, facts=facts_of(far))
+    selector.__doc__ = ask.__doc__
+    selector.__qualname__ = f"by_divergence.{name}"
+    register_selector(name, settings)(selector)
+
+
+by_divergence("remove-one", remove_one)
+by_divergence("add-one", add_one)
+by_divergence("eliminate", eliminate, Eliminate)
+by_divergence("gather", gather)
