@@ -108,12 +108,13 @@ def write_plain(form: Form, hybrid: Any, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     hybrid.generation_config.save_pretrained(folder)
 
-# %% ../../nbs/96_serve.export.ipynb #28af64f4
+# %% ../../nbs/96_serve.export.ipynb #508cad2c
 def fill(form: Form, hybrid: Any) -> Any:
     "A model of the form's class in transformers, with the weights of `hybrid`."
     config = AutoConfig.for_model(**form.settings(hybrid.config), dtype=str(hybrid.dtype)[6:])
     with torch.device("cpu"): native: Any = AutoModelForCausalLM.from_config(config)
-    native.load_state_dict(form.tensors(hybrid), assign=True)
+    tensors = {name: x.contiguous().cpu() for name, x in form.tensors(hybrid).items()}
+    native.load_state_dict(tensors, assign=True)
     native.tie_weights()
     native.generation_config = copy.deepcopy(hybrid.generation_config)
     return native.eval()
@@ -131,7 +132,7 @@ def write(form: Form, hybrid: Any, folder: Path) -> None:
     fill(form, hybrid).save_pretrained(folder)
     complete(folder / "config.json", form.settings(hybrid.config))
 
-# %% ../../nbs/96_serve.export.ipynb #452af108
+# %% ../../nbs/96_serve.export.ipynb #4cebcc41
 TOLERANCE = 1e-4
 
 
@@ -147,7 +148,9 @@ def logits_of(form: Form, folder: Path, ids: Tensor, dtype: torch.dtype) -> Tens
 def compare(form: Form, hybrid: Any, folder: Path, tokens: int) -> dict[str, Any]:
     "The largest differences between the logits of a hybrid and of its checkpoint."
     ids = some_ids(hybrid, min(tokens, hybrid.config.max_position_embeddings)).cpu()
-    exact = copy.deepcopy(hybrid).float().cpu()
+    # a model cast to 16 bits has rounded rotary frequencies too, and nobody saves those
+    exact = HybridForCausalLM(copy.deepcopy(hybrid.config)).float().eval()
+    exact.load_state_dict(hybrid.state_dict())
     ours = exact(ids, use_cache=False).logits
     theirs = logits_of(form, folder, ids, torch.float32)
     found = {"tokens": ids.shape[1], "largest_logit": float(ours.abs().max()),

@@ -143,18 +143,18 @@ ENGINES = {
     "sglang": Engine("SGLang", (*QWENS, "granitemoehybrid", "minicpm_sala"), interval=QWENS),
     "llama.cpp": Engine("llama.cpp", (*QWENS, "granitemoehybrid"), interval=QWENS)}
 
-# %% ../../nbs/95_serve.forms.ipynb #9b22d776
+# %% ../../nbs/95_serve.forms.ipynb #d0b3868a
 def periodic(interval: int, num_layers: int) -> list[int]:
     "Every `interval`th of `num_layers` layers, as engines count: the first is `interval - 1`."
     return list(range(interval - 1, num_layers, interval))
 
 
 def nearest_periodic(full_layers: Sequence[int], num_layers: int) -> list[int]:
-    "The periodic set nearest to `full_layers`, by layers that differ, then by their number."
+    "The periodic set nearest to `full_layers`: first by the number of layers, then layer by layer."
     full = set(check_layers(full_layers, num_layers))
     sets = [periodic(n, num_layers) for n in range(1, num_layers + 1)]
     def apart(layers: list[int]) -> tuple[int, int]:
-        return len(full.symmetric_difference(layers)), abs(len(full) - len(layers))
+        return abs(len(full) - len(layers)), len(full.symmetric_difference(layers))
     return min(sets, key=apart)
 
 
