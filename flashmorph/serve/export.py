@@ -49,6 +49,7 @@ def sala_attention(w: Weights, x: Tensor, kind: str, config: dict[str, Any],
              for name in "qkv"}
     v = heads["v"]
     q, k = heads["q"], heads["k"]
+    # rotary embedding, as each kind of layer wishes
     full = kind == "minicpm4"
     if config["attn_use_rope" if full else "lightning_use_rope"]:
         q, k = apply_rotary_pos_emb(q, k, *rotary)
@@ -71,7 +72,7 @@ def sala_rotary(config: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
         **{name: config[name] for name in names}))
     return rotary(x, torch.arange(x.shape[1])[None])
 
-
+# %% ../../nbs/96_serve.export.ipynb #c6b3b535
 def sala_layer(w: Weights, x: Tensor, kind: str, config: dict[str, Any],
                rotary: tuple[Tensor, Tensor]) -> Tensor:
     "What one layer makes of the residual stream `x` `(B, T, D)`."
@@ -119,7 +120,7 @@ def fill(form: Form, hybrid: Any) -> Any:
     native.generation_config = copy.deepcopy(hybrid.generation_config)
     return native.eval()
 
-
+# %% ../../nbs/96_serve.export.ipynb #9ae5f731
 def complete(file: Path, settings: dict[str, Any]) -> None:
     "Add to a written configuration the `settings` that transformers keeps elsewhere."
     written = json.loads(file.read_text())
@@ -143,7 +144,7 @@ def logits_of(form: Form, folder: Path, ids: Tensor, dtype: torch.dtype) -> Tens
     native = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with runnable(native): return native(ids, use_cache=False).logits.float()
 
-
+# %% ../../nbs/96_serve.export.ipynb #a9a946f9
 @torch.no_grad()
 def compare(form: Form, hybrid: Any, folder: Path, tokens: int) -> dict[str, Any]:
     "The largest differences between the logits of a hybrid and of its checkpoint."
@@ -168,7 +169,7 @@ def check_folder(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()): return
     raise ValueError(f"{folder} exists and is not empty: choose another folder")
 
-
+# %% ../../nbs/96_serve.export.ipynb #b13efdfc
 def checked(form: Form, hybrid: Any, folder: Path, tokens: int) -> dict[str, Any]:
     "What `compare` finds; `ValueError` if the checkpoint is another model than the hybrid."
     found = compare(form, hybrid, folder, tokens)
@@ -196,6 +197,7 @@ def export(
     wanted = find_form(form)
     check_fits(hybrid.config, wanted)
     if engine is not None: check_engine(hybrid.config, wanted, engine)
+    # the folder is renamed when all is well
     final = Path(folder)
     check_folder(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +225,7 @@ def export_lines(facts: dict[str, Any], folder: Path) -> list[str]:
         lines.append(f"  {dtype}: {difference:.2g} (largest logit {facts['largest_logit']:.3g})")
     return lines
 
-
+# %% ../../nbs/96_serve.export.ipynb #2331d69b
 def export_command(
     model: Annotated[str, typer.Argument(metavar="HYBRID", help="A folder, or a hub name.")],
     folder: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],

@@ -35,7 +35,7 @@ class Form:
     settings: Callable[[Any], dict[str, Any]]
     tensors: Callable[[Any], dict[str, Tensor]]
 
-
+# %% ../../nbs/95_serve.forms.ipynb #967c0b2d
 LLAMAS = ("llama", "mistral")
 FORMS = {form.name: form for form in (
     Form("qwen3_5", "Qwen3_5ForCausalLM", ("qwen3",), "gdn_native",
@@ -61,12 +61,13 @@ def advice(family: str) -> str:
     if found: return f"Teachers of family {family!r} export to {' or '.join(found)}"
     return f"No form takes a teacher of family {family!r}; serve the hybrid with flashmorph itself"
 
-
+# %% ../../nbs/95_serve.forms.ipynb #9a534293
 def misfit_of_full(config: Any, form: Form) -> str | None:
     "Why the full layers of a hybrid have no place in `form`; `None` if they have."
     teacher = config.teacher
     family = teacher.model_type
     kinds = set(getattr(teacher, "layer_types", None) or ())
+    # the family, then settings without a place
     if family not in form.families:
         wanted = " or ".join(form.families)
         return f"its full layers are those of family {family!r}, not of {wanted}"
@@ -91,7 +92,7 @@ def misfit_of_lightning(config: Any) -> str | None:
     if heads & (heads - 1): return f"its {heads} heads are no power of two, so decays would differ"
     return None
 
-
+# %% ../../nbs/95_serve.forms.ipynb #773c417a
 def misfit_of_linear(config: Any, form: Form) -> str | None:
     "Why the linear layers of a hybrid have no place in `form`; `None` if they have."
     if len(config.full_layers) == config.num_hidden_layers: return None
@@ -101,7 +102,7 @@ def misfit_of_linear(config: Any, form: Form) -> str | None:
     if parse_mixer(config.mixer)[0] is GDNNative: return None
     return f"its linear layers have the mixer {config.mixer}"
 
-
+# %% ../../nbs/95_serve.forms.ipynb #383fdb49
 def misfit_of_sizes(config: Any, form: Form) -> str | None:
     "Why the sizes of a hybrid have no place in `form`; `None` if they have."
     width = config.hidden_size // config.num_attention_heads
@@ -157,7 +158,7 @@ def nearest_periodic(full_layers: Sequence[int], num_layers: int) -> list[int]:
         return abs(len(full) - len(layers)), len(full.symmetric_difference(layers))
     return min(sets, key=apart)
 
-
+# %% ../../nbs/95_serve.forms.ipynb #aeb39a4a
 def check_engine(config: Any, form: Form, name: str) -> None:
     """Raise `ValueError` unless the engine `name` runs `form` with the layers of this hybrid.
 
@@ -181,14 +182,14 @@ def verdict(config: Any, form: Form) -> str:
     full_fit = misfit_of_full(config, form) is None and misfit_of_sizes(config, form) is None
     return f"convert with `{form.mixer}`" if full_fit and form.mixer else "impossible"
 
-
+# %% ../../nbs/95_serve.forms.ipynb #ca53a945
 def engine_names(form: Form) -> str:
     "The engines that run `form`; in italics those that need periodic full layers."
     running = [engine for engine in ENGINES.values() if form.name in engine.forms]
     return ", ".join(f"*{engine.title}*" if form.name in engine.interval else engine.title
                      for engine in running)
 
-
+# %% ../../nbs/95_serve.forms.ipynb #b0271d8c
 def form_table(configs: Iterable[Any]) -> str:
     "A Markdown table: for each configuration of a hybrid, what becomes of it in every form."
     head = [f"{form.name}<br>{engine_names(form)}" for form in FORMS.values()]

@@ -96,17 +96,19 @@ def kinds_of(config: Any) -> list[str]:
     layers = range(config.num_hidden_layers)
     return ["full_attention" if i in full else "linear_attention" for i in layers]
 
-
+# %% ../../nbs/94_serve.rearrange.ipynb #7adb75a5
 def qwen_tensors(hybrid: Any, linear: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
     "The tensors of Qwen3.5 or Qwen3-Next; `linear` rearranges a linear layer."
     config = hybrid.config
     rest = tensors_of(hybrid)
     made: dict[str, Tensor] = {}
+    # attention has new names, layer by layer
     for i, kind in enumerate(kinds_of(config)):
         place = f"model.layers.{i}."
         attn = take(rest, place + "self_attn.")
         if kind == "linear_attention": made |= under(place + "linear_attn.", linear(attn))
         else: made |= under(place + "self_attn.", gated_layer(attn, config.num_attention_heads))
+    # all other names stay
     for name, x in rest.items(): made[name] = x - 1 if name.endswith("norm.weight") else x
     return made
 
@@ -115,7 +117,7 @@ def qwen3_5_tensors(hybrid: Any) -> dict[str, Tensor]:
     "The tensors of a `Qwen3_5ForCausalLM` that computes what the hybrid computes."
     return qwen_tensors(hybrid, gdn_layer)
 
-
+# %% ../../nbs/94_serve.rearrange.ipynb #c1836adb
 def qwen3_next_tensors(hybrid: Any) -> dict[str, Tensor]:
     "The tensors of a `Qwen3NextForCausalLM` that computes what the hybrid computes."
     config = hybrid.config
@@ -145,7 +147,7 @@ def settings_of(config: Any, names: Iterable[str]) -> dict[str, Any]:
     "Settings of the teacher by name."
     return {name: getattr(config.teacher, name) for name in names}
 
-
+# %% ../../nbs/94_serve.rearrange.ipynb #0c562544
 def qwen_config(config: Any) -> dict[str, Any]:
     "What Qwen3.5 and Qwen3-Next have in common."
     heads = config.num_attention_heads
@@ -187,7 +189,7 @@ def granite_tensors(hybrid: Any) -> dict[str, Tensor]:
                  place + "output_linear.weight": mlp["down_proj.weight"]}
     return made
 
-
+# %% ../../nbs/94_serve.rearrange.ipynb #09ac24a8
 def granite_config(config: Any) -> dict[str, Any]:
     "The settings of `GraniteMoeHybridConfig` for the configuration of a hybrid."
     heads = config.num_attention_heads
@@ -210,7 +212,7 @@ def lightning_layer(attn: dict[str, Tensor], values: float) -> dict[str, Tensor]
         "z_proj.weight": attn["mixer.norm.gate.weight"],
         "o_norm.weight": 2 * attn["mixer.norm.weight"]}
 
-
+# %% ../../nbs/94_serve.rearrange.ipynb #a620fa2e
 def sala_tensors(hybrid: Any) -> dict[str, Tensor]:
     "The tensors of a `MiniCPMSALAForCausalLM` that computes what the hybrid computes."
     made = tensors_of(hybrid)
