@@ -1,5 +1,6 @@
 "The command line: any terminal, any folder name, one line for every error."
 import io
+import json
 import os
 import shlex
 import signal
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from flashmorph.choose.trajectory import GateRun
 from flashmorph.folder import Run
+from flashmorph.measure import speed
+from flashmorph.run import bench as gate_bench
 from flashmorph.run import cli
 from flashmorph.run.recipe import save_recipe
 from flashmorph.scores import Comparison, ModelScores, Score
@@ -129,3 +132,36 @@ def test_the_hint_after_a_stop_can_be_pasted(tmp_path, number):
     assert process.returncode == 130, said
     words = shlex.split(said.split("go on with: ")[1])
     assert words == ["flashmorph", "convert", "--resume", "--out", str(out)]
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode"])
+def test_an_interrupted_bench_leaves_its_rows(what, tmp_path, monkeypatch):
+    measure = getattr(speed, f"{what}_rows")
+
+    def rows(race, length):
+        if length > 32: raise KeyboardInterrupt
+        return measure(race, length)
+
+    monkeypatch.setattr(speed, f"{what}_rows", rows)
+    file = tmp_path / "speed.json"
+    asked = ["bench", what, "--model", "tiny", "--lengths", "32,64", "--json", file]
+    done = run(*asked, "--set", "rounds=1", "--set", "steps=2")
+    assert done.exit_code == 130
+    found = json.loads(file.read_text())
+    assert found["unfinished"] and {row["tokens"] for row in found["rows"]} == {32}
+
+
+def test_an_interrupted_bench_of_gates_leaves_its_rounds(tmp_path, monkeypatch):
+    times = iter([1.0] * 3)
+
+    def timed(call, cuda):
+        for seconds in times: return seconds
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate_bench, "timed", timed)
+    monkeypatch.setattr(gate_bench, "peak_bytes", lambda call, cuda: 0)
+    file = tmp_path / "gates.json"
+    done = run("bench", "gates", "--steps", 1, "--json", file)
+    found = json.loads(file.read_text())
+    assert done.exit_code == 130 and found["unfinished"]
+    assert [row["ms"] for row in found["rows"]] == [1000.0] * 3

@@ -19,6 +19,8 @@ from flashmorph.model.mixers import Lightning, MixerDims, make_mixer
 from flashmorph.model.morph import morph
 from flashmorph.model.teacher import load_teacher
 from flashmorph.ops import reference
+from flashmorph.train.align import AlignObjective
+from flashmorph.train.distill import DistillObjective
 from probe_families import padded
 from tiny_models import randomised, tiny_config, tiny_model
 
@@ -545,3 +547,19 @@ def test_half_precision_branch_follows_the_teacher():
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16} and isinstance(
         layer.mixer, Lightning
     )
+
+
+@pytest.mark.parametrize("name", ["doge", "gpt_oss", "granite_swa", "llama"])
+def test_only_what_gets_a_gradient_trains(name):
+    "In stages 1 and 3, whatever a family keeps for its softmax."
+    teacher = tiny_model(name)
+    ids = torch.randint(6, 151, (2, 20), generator=torch.Generator().manual_seed(1))
+    for stage in (1, 3):
+        model = morph(teacher)
+        objective = (AlignObjective(model) if stage == 1
+                     else DistillObjective(model.commit([1]).train(), teacher))
+        objective({"input_ids": ids})[0].backward()
+        trains = objective.trainable()
+        without = [name for name, p in trains.items() if p.grad is None]
+        every = {name for name, p in objective.named_parameters() if p.grad is not None}
+        assert not without and set(trains) == every

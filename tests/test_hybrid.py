@@ -1042,3 +1042,13 @@ def test_a_jump_ahead_begins_a_document():
         second = h(ids[:, 10:], position_ids=positions[:, 10:]).logits
     close(packed[:, 10:], second, 1e-4)
     close(packed[:, :10], logits(h, ids[:, :10]), 1e-4)
+
+
+def test_peft_finds_the_layers_of_a_hybrid(monkeypatch):
+    "As peft looks them up: by the type in the configuration, after its `to_dict`."
+    constants = types.ModuleType("peft.utils.constants")
+    table = {"llama": ["q_proj", "v_proj"]}
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = table
+    monkeypatch.setitem(sys.modules, "peft.utils.constants", constants)
+    for name, layers in (("llama", ["q_proj", "v_proj"]), ("olmo2", "all-linear")):
+        assert table[hybrid(name).config.to_dict()["model_type"]] == layers

@@ -366,8 +366,8 @@ def test_needles_beside_passkeys():
 
     The loss of a mixed batch is the mean of its tokens, each row read alone without padding."""
     teacher, tokenizer = fm.load_teacher()
-    prompts = needles(tokenizer, task="niah_single_1", length=200)
-    books = fm.passkeys(tokenizer, length=200, keys=2, words_per_key=3)
+    prompts = needles(tokenizer, task="niah_single_1", length=450)
+    books = fm.passkeys(tokenizer, length=450, keys=2, words_per_key=3)
     rows = list(islice(fm.Mixture([prompts, books], [0.5, 0.5]), 8))
     batch = stack(rows)
     assert {"attention_mask" in row for row in rows} == {True, False}

@@ -124,7 +124,8 @@ def check_alike(rows: Sequence[Any]) -> None:
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """One batch of `rows`: what has length `(length,)` in a row is `(len(rows), length)`.
 
-    A missing `attention_mask` is filled in beside rows that have one, as `with_masks`. Raises `ValueError` for rows of different lengths, and errors as `check_alike`."""
+    A missing `attention_mask` is filled in beside rows that have one, as `with_masks`. Raises
+    `ValueError` for rows of different lengths, and errors as `check_alike`."""
     if all(isinstance(row, Mapping) for row in rows): rows = with_masks(rows)
     check_alike(rows)
     batch = {}

@@ -131,11 +131,13 @@ def row_line(row: dict[str, Any]) -> str:
 
 def raced(
     what: str, race: Race, rows_of: Callable[[Race, int], list[dict[str, Any]]], spent: str,
-    say: Callable[[str], Any],
+    say: Callable[[str], Any], keep: Callable[[dict[str, Any]], Any],
 ) -> dict[str, Any]:
     """What `rows_of` measures at each length; `row[spent]` is the time that reading took.
 
-    A contestant leaves the race before a text for which it would need too long."""
+    A contestant leaves the race before a text for which it would need too long. `keep` gets the
+    result so far, after each length."""
+    about = {"what": what, **described(race.field, race.wanted)}
     lengths = sorted(race.wanted.lengths)
     rows: list[dict[str, Any]] = []
     for length, longer in zip(lengths, [*lengths[1:], None]):
@@ -144,12 +146,14 @@ def raced(
             race.slow_down(row["who"], length, row[spent] or 0.0, longer)
             say(row_line(row))
         rows += fresh
-    return {"what": what, **described(race.field, race.wanted), "rows": rows, "out": race.out}
+        keep({**about, "rows": rows, "out": race.out})
+    return {**about, "rows": rows, "out": race.out}
 
 # %% ../../nbs/59_measure.speed.ipynb #e42f8bf4
 def bench_prefill(
     *,
     say: Callable[[str], Any] = lambda line: None,  # called with a line now and then
+    keep: Callable[[dict[str, Any]], Any] = lambda result: None,  # gets the result so far
     **settings: Any,  # the fields of `SpeedBench`
 ) -> dict[str, Any]:  # what was measured on, `rows`, and who ran `out`; fit for JSON
     """Time the reading of texts of growing length, in chunks, by teacher and hybrid in turns.
@@ -159,7 +163,7 @@ def bench_prefill(
     race = Race(contestants(wanted), wanted)
     for contestant in race.field.values():              # the first call of all is slow
         read_prompt(contestant.model, prompt(contestant.model, 64), contestant.cache(), 32)
-    return raced("prefill", race, prefill_rows, "seconds", say)
+    return raced("prefill", race, prefill_rows, "seconds", say, keep)
 
 def speed_lines(result: dict[str, Any]) -> list[str]:
     "The result of `bench_prefill` or `bench_decode` as lines of text."
@@ -258,6 +262,7 @@ def decode_rows(race: Race, length: int) -> list[dict[str, Any]]:
 def bench_decode(
     *,
     say: Callable[[str], Any] = lambda line: None,  # called with a line now and then
+    keep: Callable[[dict[str, Any]], Any] = lambda result: None,  # gets the result so far
     **settings: Any,  # the fields of `SpeedBench`
 ) -> dict[str, Any]:  # what was measured on, `rows`, and who ran `out`; fit for JSON
     """Time single tokens behind texts of growing length, by teacher and hybrid in turns.
@@ -265,7 +270,7 @@ def bench_decode(
     Raises `ValueError` for settings that cannot work and for a model that is not there."""
     wanted = SpeedBench.make(settings)
     race = Race(contestants(wanted), wanted)
-    return raced("decode", race, decode_rows, "reading", say)
+    return raced("decode", race, decode_rows, "reading", say, keep)
 
 # %% ../../nbs/59_measure.speed.ipynb #c8e02c58
 def speed_figure(result: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'MIRRORED', 'HybridConfig', 'HybridForCausalLM']
 
 # %% ../../nbs/34_model.hybrid.ipynb #0770b9ec
-import copy
+import copy, sys
 from importlib import import_module
 from typing import Any
 from safetensors import SafetensorError
@@ -28,6 +28,13 @@ def _layer_types(teacher: PreTrainedConfig, full_layers: list[int]) -> list[str]
     # the second result is a dict in transformers 5.17 and a list in 5.23: only the first is used
     kinds = get_layer_types_and_kwargs(teacher)[0]
     return [kind if i in full_layers else "linear_attention" for i, kind in enumerate(kinds)]
+
+# %% ../../nbs/34_model.hybrid.ipynb #17322908
+def _tell_peft(teacher_type: str) -> None:
+    "Enter hybrids in peft's table of LoRA layers, if peft is loaded: the teacher's entry."
+    loaded = sys.modules.get("peft.utils.constants")
+    table = vars(loaded)["TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"] if loaded else {}
+    table["flashmorph_hybrid"] = table.get(teacher_type, "all-linear")
 
 # %% ../../nbs/34_model.hybrid.ipynb #92d353a2
 OWN = ("teacher", "mixer", "full_layers", "full_rope", "full_logit_scale", "layer_types",
@@ -71,6 +78,7 @@ class _View(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         "As in transformers, with the teacher's present values."
+        _tell_peft(getattr(self.teacher, "model_type", ""))
         shared = {*MIRRORED, *vars(self)}
         vars(self).update({name: getattr(self, name) for name in shared if self._is_shared(name)})
         return super().to_dict()

@@ -213,6 +213,7 @@ def bench_ops(
     repeats: int = 7,  # calls of each (fewer, but three, if they are slow); medians are reported
     peers: bool = True,  # others too, or our own forms only
     say: Callable[[str], Any] = lambda line: None,  # gets lines about the progress
+    keep: Callable[[dict[str, Any]], Any] = lambda result: None,  # gets the result so far
 ) -> dict[str, Any]:  # `device`, `threads`, versions, sizes, `ceilings`, and `rows`; fit for JSON
     """Time every form of each op and its peers, forward and forward+backward, taking turns.
 
@@ -225,15 +226,16 @@ def bench_ops(
                  repeats=repeats, peers=peers)
     memory = _memory(s, say)
     ceiling = ceilings(dtype, device)
+    about = {**machine(device), "dtype": str(dtype).removeprefix("torch."),
+             "sizes": {"B": s.B, "H": s.H, "D": s.D}, "repeats": s.repeats, "ceilings": ceiling}
     rows = []
     groups = [(T,) for T in s.lengths] if peers else [s.lengths]
     for op, group, backward in product(s.ops, groups, (False, True)):
         tokens = ", ".join(map(str, group))
         say(f"{op}, {tokens} tokens, {PASSES[backward]}")
         rows += _rows(op, group, backward, s, ceiling, memory)
-    return {**machine(device), "dtype": str(dtype).removeprefix("torch."),
-            "sizes": {"B": s.B, "H": s.H, "D": s.D}, "repeats": s.repeats, "ceilings": ceiling,
-            "rows": rows}
+        keep({**about, "rows": rows})
+    return {**about, "rows": rows}
 
 # %% ../../nbs/19_ops.bench.ipynb #b65f422d
 COLUMNS = "{op:9}{T:>6} {pass:17}{impl:41}{ms:>10}{ratio:>7}{peak_mib:>7}{share:>6}"

@@ -79,14 +79,15 @@ def contenders(
 
 # %% ../../nbs/84_run.bench.ipynb #e84a5a59
 def take_turns(
-    calls: dict[str, Callable[[], None]], repeats: int, cuda: bool, after: Callable[[], Any]
+    calls: dict[str, Callable[[], None]], repeats: int, cuda: bool,
+    after: Callable[[dict[str, list[float]]], Any],
 ) -> dict[str, list[float]]:
-    "Seconds of each call in each round; `after()` is called at the end of a round."
+    "Seconds of each call in each round; `after` gets them at the end of a round."
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             seconds[name].append(timed(call, cuda))
-        after()
+        after(seconds)
     return seconds
 
 # %% ../../nbs/84_run.bench.ipynb #be00000a
@@ -157,6 +158,7 @@ def bench_gates(
     mixer: str = "lightning",  # of the linear branches
     *,
     say: Callable[[str], Any] = lambda line: None,  # called with a line now and then
+    keep: Callable[[dict[str, Any]], Any] = lambda result: None,  # gets the result so far
     **settings: Any,  # the fields of `GateBench`
 ) -> dict[str, Any]:  # what was measured on, `rows`, and `monitor`; fit for JSON
     """Time a step of gate training as it is, and with a `GateMonitor`.
@@ -177,9 +179,10 @@ def bench_gates(
     unwatched = [name for name in calls if name != "gate step, watched"]
     peaks = {name: peak_bytes(calls[name], wanted.cuda) for name in unwatched}
     drawn: list[float] = []
-    def after_a_round() -> None:
+    about = {**machine(wanted.device), **described(model, wanted)}
+    def after_a_round(seconds: dict[str, list[float]]) -> None:
         drawn.append(monitor.drawing)
         say(f"round {len(drawn)} of {wanted.repeats}")
+        keep({**about, **summed(seconds, peaks, drawn, wanted)})
     seconds = take_turns(calls, wanted.repeats, wanted.cuda, after_a_round)
-    about = {**machine(wanted.device), **described(model, wanted)}
     return {**about, **summed(seconds, peaks, drawn, wanted)}

@@ -5,6 +5,7 @@
 # %% ../../nbs/99_run.cli.ipynb #6bf9f248
 from __future__ import annotations
 import io, json, sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +22,8 @@ from ..store import nearest, write_aside
 # %% auto #0
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Json',
            'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo',
-           'selected', 'select', 'pretrain', 'show_measured', 'bench_ops', 'bench_gates', 'bench_align',
-           'speed_command']
+           'selected', 'select', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops', 'bench_gates',
+           'bench_align', 'speed_command']
 
 # %% ../../nbs/99_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -72,7 +73,7 @@ def show_plan(recipe: Path, changes: list[str]) -> None:
 @app.command()
 def convert(
     recipe: Annotated[Path | None, typer.Argument(
-        help="Recipe (TOML); may be left out with --resume.")] = None,
+        help="Recipe: a TOML file, `demo` or `longer`; not needed with --resume.")] = None,
     out: Annotated[Path, typer.Option(
         help="Run folder; never written over unless told to.")] = Path("runs/convert"),
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
@@ -143,12 +144,22 @@ def pretrain(
         train(out, seed=seed, resume=resume, say=show_step)
 
 # %% ../../nbs/99_run.cli.ipynb #bd33ee41
-def show_measured(result: dict[str, Any], lines: list[str], file: Path | None) -> None:
-    "Print the `lines`, and write the `result` to a file if there is to be one."
-    for line in lines: show(line)
+def write_measured(result: dict[str, Any], file: Path | None) -> None:
+    "Write the `result` to a file if there is to be one."
     if file is None: return
     written = json.dumps(result, indent=1) + "\n"
     write_aside(file, lambda path: path.write_text(written))
+
+
+def keeper(file: Path | None) -> Callable[[dict[str, Any]], None]:
+    "What writes a result so far to the file, with a mark: an interruption loses no row."
+    return lambda result: write_measured({**result, "unfinished": True}, file)
+
+
+def show_measured(result: dict[str, Any], lines: list[str], file: Path | None) -> None:
+    "Print the `lines`, and write the `result` to a file if there is to be one."
+    for line in lines: show(line)
+    write_measured(result, file)
 
 # %% ../../nbs/99_run.cli.ipynb #edd0d43a
 bench = typer.Typer(help="Measure speed and memory, side by side with what others use.")
@@ -179,7 +190,7 @@ def bench_ops(
         result = run_bench(
             ops.split(","), whole_numbers("--lengths", lengths), B=batch, H=heads, D=dim,
             dtype=getattr(torch, dtype), device=check_device(device), repeats=repeats, peers=peers,
-            say=show_progress)
+            say=show_progress, keep=keeper(file))
         show_measured(result, bench_lines(result), file)
 
 # %% ../../nbs/99_run.cli.ipynb #b0c1a002
@@ -196,7 +207,8 @@ def bench_gates(
     with plain_errors():
         result = run_bench(
             teacher, mixer, length=length, keys=keys, words_per_key=words_per_key,
-            batch_size=batch_size, steps=steps, repeats=repeats, device=device, say=show_progress)
+            batch_size=batch_size, steps=steps, repeats=repeats, device=device, say=show_progress,
+            keep=keeper(file))
         show_measured(result, gates_lines(result), file)
 
 # %% ../../nbs/99_run.cli.ipynb #c6720dca
@@ -215,7 +227,8 @@ def bench_align(
     with plain_errors():
         settings: dict[str, Any] = {}
         for change in changes or []: changed(settings, change)
-        result = run_bench(teacher, mixers.split(","), source, say=show_progress, **settings)
+        result = run_bench(teacher, mixers.split(","), source, say=show_progress, keep=keeper(file),
+                           **settings)
         show_measured(result, learning_lines(result), file)
 
 # %% ../../nbs/99_run.cli.ipynb #f3c761b0
@@ -240,7 +253,7 @@ def speed_command(what: str, does: str) -> None:
             for change in changes or []: changed(settings, change)
             result = getattr(speed, f"bench_{what}")(
                 model=model, lengths=whole_numbers("--lengths", lengths), chunk=chunk,
-                say=show_progress, **settings)
+                say=show_progress, keep=keeper(file), **settings)
             show_measured(result, speed.speed_lines(result), file)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os, tomllib, typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 import tomli_w
@@ -24,8 +25,8 @@ from ..train.distill import DistillConfig, FinetuneConfig
 
 # %% auto #0
 __all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'check_compare', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing',
-           'check_shape', 'recipe_from_dict', 'parsed', 'changed', 'load_recipe', 'toml_values', 'recipe_toml',
-           'save_recipe', 'absolute', 'named_paths', 'with_absolute_source', 'with_absolute_paths']
+           'check_shape', 'recipe_from_dict', 'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values',
+           'recipe_toml', 'save_recipe', 'absolute', 'named_paths', 'with_absolute_source', 'with_absolute_paths']
 
 # %% ../../nbs/80_run.recipe.ipynb #598d9114
 TABLES: dict[str, type[Settings]] = {
@@ -162,11 +163,22 @@ def changed(values: dict[str, Any], change: str) -> None:
     if not isinstance(place, dict): raise ValueError(f"recipe: {table[0]}: expected a table")
     place[key] = parsed(value)
 
+# %% ../../nbs/80_run.recipe.ipynb #f55cbee7
+def shipped_recipes() -> dict[str, Path]:
+    "The recipes that come with the package, by name."
+    folder = Path(str(files("flashmorph") / "static"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
 # %% ../../nbs/80_run.recipe.ipynb #426ee574
 def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
-    "Read a recipe from TOML and apply `changes` like `\"align.steps=100\"`. Raises `ValueError`."
+    """Read a recipe from TOML and apply `changes` like `"align.steps=100"`.
+
+    `path` may be the name of one that comes with the package. Raises `ValueError`."""
     path = Path(path).expanduser()
-    if not path.is_file(): raise ValueError(f"recipe {path}: no such file")
+    known = shipped_recipes()
+    if not path.exists(): path = known.get(str(path), path)
+    if not path.is_file():
+        raise ValueError(f"recipe {path}: no such file; recipes by name: {', '.join(known)}")
     try:
         values = tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:

@@ -144,6 +144,7 @@ def bench_align(
     source: str = "stories",  # of the text, as `text` reads it
     *,
     say: Callable[[str], Any] = lambda line: None,  # called with a line now and then
+    keep: Callable[[dict[str, Any]], Any] = lambda result: None,  # gets the result so far
     **settings: Any,  # the fields of `AlignBench`
 ) -> dict[str, Any]:  # what was measured on, and `curves`; fit for JSON
     """Train stage 1 in all `WAYS`, and measure the error on rows held out, over tokens.
@@ -161,11 +162,12 @@ def bench_align(
     data = Mixture([text(tokenizer, source, length=wanted.length), books], shares)
     rows = list(itertools.islice(data, wanted.held_out + wanted.rows))
     held, rest = rows[:wanted.held_out], rows[wanted.held_out:]
+    about = {**machine(wanted.device), "teacher": teacher, "sizes": asdict(wanted)}
     curves: dict[str, dict[str, list]] = {}
     for mixer, way in itertools.product(mixers, WAYS):
         model = morph(plain, mixer).to(wanted.device)
         points = aligned(model, rest, held, way, wanted)
         curves.setdefault(mixer, {})[way] = points
         say(f"{mixer}, {way}: {points[0]['error']:.3g} to {points[-1]['error']:.3g}")
-    about = {**machine(wanted.device), "teacher": teacher, "sizes": asdict(wanted)}
+        keep({**about, "curves": curves})
     return {**about, "curves": curves}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
+from ..model.parts import idle_parameters
 from ..settings import Settings, setting
 
 # %% auto #0
@@ -105,7 +106,10 @@ class Objective(nn.Module):
         return {}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        "What trains: `requires_grad`, and a mixer has not taken the place of what uses it."
+        idle = idle_parameters(self)
+        asked = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return {name: p for name, p in asked.items() if id(p) not in idle}
 
     def frozen(self) -> dict[str, Tensor]:
         "The weights that do not train but decide the result; a resumed run must have the same."
