@@ -23,7 +23,7 @@ from ..model.hybrid import HybridForCausalLM
 from ..model.teacher import load_model
 from ..place import aside_of
 from ..run.terminal import plain_errors, show
-from .forms import Form, check_engine, check_fits, find_form
+from .forms import NativeForm, check_engine, check_fits, find_form
 from .rearrange import runnable, take
 
 # %% ../../nbs/96_serve.export.ipynb #b65f905e
@@ -100,7 +100,7 @@ def sala_logits(folder: Path, ids: Tensor) -> Tensor:
     return F.linear(x * config["dim_model_base"] / config["hidden_size"], table)
 
 # %% ../../nbs/96_serve.export.ipynb #c3900f9d
-def write_plain(form: Form, hybrid: Any, folder: Path) -> None:
+def write_plain(form: NativeForm, hybrid: Any, folder: Path) -> None:
     "Write a checkpoint without a class in transformers: `config.json` and one file of weights."
     folder.mkdir()
     config = form.settings(hybrid.config) | {"torch_dtype": str(hybrid.dtype)[6:]}
@@ -110,7 +110,7 @@ def write_plain(form: Form, hybrid: Any, folder: Path) -> None:
     hybrid.generation_config.save_pretrained(folder)
 
 # %% ../../nbs/96_serve.export.ipynb #508cad2c
-def fill(form: Form, hybrid: Any) -> Any:
+def fill(form: NativeForm, hybrid: Any) -> Any:
     "A model of the form's class in transformers, with the weights of `hybrid`."
     config = AutoConfig.for_model(**form.settings(hybrid.config), dtype=str(hybrid.dtype)[6:])
     with torch.device("cpu"): native: Any = AutoModelForCausalLM.from_config(config)
@@ -127,7 +127,7 @@ def complete(file: Path, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(settings | written, indent=2, sort_keys=True) + "\n")
 
 
-def write(form: Form, hybrid: Any, folder: Path) -> None:
+def write(form: NativeForm, hybrid: Any, folder: Path) -> None:
     "Write a checkpoint of that form into a new folder."
     if form.name == "minicpm_sala": return write_plain(form, hybrid, folder)
     fill(form, hybrid).save_pretrained(folder)
@@ -138,7 +138,7 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def logits_of(form: Form, folder: Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def logits_of(form: NativeForm, folder: Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
     "The logits of the checkpoint in `folder`, loaded without anything of ours."
     if form.name == "minicpm_sala": return sala_logits(folder, ids)
     native = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -146,7 +146,7 @@ def logits_of(form: Form, folder: Path, ids: Tensor, dtype: torch.dtype) -> Tens
 
 # %% ../../nbs/96_serve.export.ipynb #a9a946f9
 @torch.no_grad()
-def compare(form: Form, hybrid: Any, folder: Path, tokens: int) -> dict[str, Any]:
+def compare(form: NativeForm, hybrid: Any, folder: Path, tokens: int) -> dict[str, Any]:
     "The largest differences between the logits of a hybrid and of its checkpoint."
     ids = some_ids(hybrid, min(tokens, hybrid.config.max_position_embeddings)).cpu()
     # a model cast to 16 bits has rounded rotary frequencies too, and nobody saves those
@@ -170,7 +170,7 @@ def check_folder(folder: Path) -> None:
     raise ValueError(f"{folder} exists and is not empty: choose another folder")
 
 # %% ../../nbs/96_serve.export.ipynb #b13efdfc
-def checked(form: Form, hybrid: Any, folder: Path, tokens: int) -> dict[str, Any]:
+def checked(form: NativeForm, hybrid: Any, folder: Path, tokens: int) -> dict[str, Any]:
     "What `compare` finds; `ValueError` if the checkpoint is another model than the hybrid."
     found = compare(form, hybrid, folder, tokens)
     limit = TOLERANCE * max(1.0, found["largest_logit"])

@@ -17,13 +17,13 @@ from .rearrange import (
 from ..store import nearest
 
 # %% auto #0
-__all__ = ['LLAMAS', 'FORMS', 'QWENS', 'ENGINES', 'Form', 'find_form', 'advice', 'misfit_of_full', 'misfit_of_lightning',
+__all__ = ['LLAMAS', 'FORMS', 'QWENS', 'ENGINES', 'NativeForm', 'find_form', 'advice', 'misfit_of_full', 'misfit_of_lightning',
            'misfit_of_linear', 'misfit_of_sizes', 'misfit', 'check_fits', 'Engine', 'periodic', 'nearest_periodic',
            'check_engine', 'verdict', 'engine_names', 'form_table']
 
 # %% ../../nbs/95_serve.forms.ipynb #480c24b2
 @dataclass(frozen=True)
-class Form:
+class NativeForm:
     """An architecture that engines know.
 
     `families` are the teachers whose full layers fit, `mixer` what to convert with (empty: no
@@ -38,17 +38,17 @@ class Form:
 # %% ../../nbs/95_serve.forms.ipynb #967c0b2d
 LLAMAS = ("llama", "mistral")
 FORMS = {form.name: form for form in (
-    Form("qwen3_5", "Qwen3_5ForCausalLM", ("qwen3",), "gdn_native",
-         qwen3_5_config, qwen3_5_tensors),
-    Form("qwen3_next", "Qwen3NextForCausalLM", ("qwen3_moe",), "gdn_native",
-         qwen3_next_config, qwen3_next_tensors),
-    Form("granitemoehybrid", "GraniteMoeHybridForCausalLM", LLAMAS, "",
-         granite_config, granite_tensors),
-    Form("minicpm_sala", "MiniCPMSALAForCausalLM", LLAMAS, "lightning(expand_kv=True)",
-         sala_config, sala_tensors))}
+    NativeForm("qwen3_5", "Qwen3_5ForCausalLM", ("qwen3",), "gdn_native",
+               qwen3_5_config, qwen3_5_tensors),
+    NativeForm("qwen3_next", "Qwen3NextForCausalLM", ("qwen3_moe",), "gdn_native",
+               qwen3_next_config, qwen3_next_tensors),
+    NativeForm("granitemoehybrid", "GraniteMoeHybridForCausalLM", LLAMAS, "",
+               granite_config, granite_tensors),
+    NativeForm("minicpm_sala", "MiniCPMSALAForCausalLM", LLAMAS, "lightning(expand_kv=True)",
+               sala_config, sala_tensors))}
 
 
-def find_form(name: str) -> Form:
+def find_form(name: str) -> NativeForm:
     "The form of that name; `ValueError`, with a suggestion, for any other."
     if name in FORMS: return FORMS[name]
     raise ValueError(f"unknown form {name!r}; {nearest(name, FORMS)}")
@@ -62,7 +62,7 @@ def advice(family: str) -> str:
     return f"No form takes a teacher of family {family!r}; serve the hybrid with flashmorph itself"
 
 # %% ../../nbs/95_serve.forms.ipynb #9a534293
-def misfit_of_full(config: Any, form: Form) -> str | None:
+def misfit_of_full(config: Any, form: NativeForm) -> str | None:
     "Why the full layers of a hybrid have no place in `form`; `None` if they have."
     teacher = config.teacher
     family = teacher.model_type
@@ -93,7 +93,7 @@ def misfit_of_lightning(config: Any) -> str | None:
     return None
 
 # %% ../../nbs/95_serve.forms.ipynb #773c417a
-def misfit_of_linear(config: Any, form: Form) -> str | None:
+def misfit_of_linear(config: Any, form: NativeForm) -> str | None:
     "Why the linear layers of a hybrid have no place in `form`; `None` if they have."
     if len(config.full_layers) == config.num_hidden_layers: return None
     if not config.full_layers: return "no layer is full, and engines count the tokens there"
@@ -103,7 +103,7 @@ def misfit_of_linear(config: Any, form: Form) -> str | None:
     return f"its linear layers have the mixer {config.mixer}"
 
 # %% ../../nbs/95_serve.forms.ipynb #383fdb49
-def misfit_of_sizes(config: Any, form: Form) -> str | None:
+def misfit_of_sizes(config: Any, form: NativeForm) -> str | None:
     "Why the sizes of a hybrid have no place in `form`; `None` if they have."
     width = config.hidden_size // config.num_attention_heads
     head_dim = getattr(config.teacher, "head_dim", None) or width
@@ -112,13 +112,13 @@ def misfit_of_sizes(config: Any, form: Form) -> str | None:
     return None
 
 # %% ../../nbs/95_serve.forms.ipynb #c47b9b87
-def misfit(config: Any, form: Form) -> str | None:
+def misfit(config: Any, form: NativeForm) -> str | None:
     "The first part of a hybrid that has no place in `form`; `None` if all parts have."
     reasons = (misfit_of_full, misfit_of_sizes, misfit_of_linear)
     return next((why for reason in reasons if (why := reason(config, form)) is not None), None)
 
 
-def check_fits(config: Any, form: Form) -> None:
+def check_fits(config: Any, form: NativeForm) -> None:
     "Raise `ValueError` unless a hybrid with this configuration is a model of that form."
     why = misfit(config, form)
     if why is None: return
@@ -159,7 +159,7 @@ def nearest_periodic(full_layers: Sequence[int], num_layers: int) -> list[int]:
     return min(sets, key=apart)
 
 # %% ../../nbs/95_serve.forms.ipynb #aeb39a4a
-def check_engine(config: Any, form: Form, name: str) -> None:
+def check_engine(config: Any, form: NativeForm, name: str) -> None:
     """Raise `ValueError` unless the engine `name` runs `form` with the layers of this hybrid.
 
     The message offers the nearest set of layers that the engine can express."""
@@ -176,14 +176,14 @@ def check_engine(config: Any, form: Form, name: str) -> None:
                      "those layers, or use another engine")
 
 # %% ../../nbs/95_serve.forms.ipynb #e55d7560
-def verdict(config: Any, form: Form) -> str:
+def verdict(config: Any, form: NativeForm) -> str:
     "`exact`, `convert with ...`, or `impossible`, for a hybrid with this configuration."
     if misfit(config, form) is None: return "exact"
     full_fit = misfit_of_full(config, form) is None and misfit_of_sizes(config, form) is None
     return f"convert with `{form.mixer}`" if full_fit and form.mixer else "impossible"
 
 # %% ../../nbs/95_serve.forms.ipynb #ca53a945
-def engine_names(form: Form) -> str:
+def engine_names(form: NativeForm) -> str:
     "The engines that run `form`; in italics those that need periodic full layers."
     running = [engine for engine in ENGINES.values() if form.name in engine.forms]
     return ", ".join(f"*{engine.title}*" if form.name in engine.interval else engine.title
