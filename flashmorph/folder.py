@@ -10,8 +10,8 @@ from pathlib import Path
 from .store import NOFOLLOW, Checkpoints, EventLog, read_json, write_aside
 
 # %% auto #0
-__all__ = ['HELD', 'KNOWN', 'alive', 'flock', 'same_file', 'holder', 'take', 'release', 'locked', 'debris', 'strangers', 'is_run',
-           'marked', 'plain_name', 'Run']
+__all__ = ['HELD', 'BRANCHES_FILE', 'KNOWN', 'alive', 'flock', 'same_file', 'holder', 'take', 'release', 'locked', 'debris',
+           'strangers', 'is_run', 'marked', 'plain_name', 'Run']
 
 # %% ../nbs/04_folder.ipynb #4ada0def
 def alive(pid: int) -> bool:
@@ -99,9 +99,11 @@ def debris(folder: Path) -> list[Path]:
     return [path for path in folder.glob(".*.partial") if path.is_symlink() or not path.is_dir()]
 
 # %% ../nbs/04_folder.ipynb #7d2b543d
+BRANCHES_FILE = "branches.safetensors"      # the linear branches after stage 1
 KNOWN = (
-    "run.json", "recipe.toml", "log.jsonl", "checkpoints", "gates.json", "selection.json",
-    "results.json", "report.html", "hybrid", "teacher", ".lock",
+    "run.json", "recipe.toml", "log.jsonl", "checkpoints", BRANCHES_FILE, "gates.json",
+    "selection.json", "results.json", "report.html", "hybrid", "teacher", "ranking.json",
+    "rankings", ".lock",
 )
 
 

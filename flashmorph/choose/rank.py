@@ -4,8 +4,8 @@
 
 # %% ../../nbs/63_choose.rank.ipynb #83caa785
 from __future__ import annotations
-import importlib.util, sys, time
-from collections.abc import Callable, Iterable, Sequence
+import importlib.util, json, sys, time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from ..store import EventLog, checksum, nearest
 
 # %% auto #0
 __all__ = ['SELECTORS', 'Scoring', 'OneBudget', 'Selector', 'register_selector', 'run_module', 'find_selector', 'Memo',
-           'weights_digest', 'check_model', 'check_fits', 'as_ranking', 'rank']
+           'weights_digest', 'check_model', 'check_fits', 'as_ranking', 'plain_settings', 'rank']
 
 # %% ../../nbs/63_choose.rank.ipynb #da7ba735
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +177,12 @@ def as_ranking(result: Any, method: str) -> Ranking:
     return Ranking(method, tuple(order), scores)
 
 
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    "What JSON can hold of the settings of a selector, as JSON would give it back."
+    kinds = (int, float, str, tuple, list)
+    return json.loads(json.dumps({k: v for k, v in settings.items() if isinstance(v, kinds)}))
+
+
 def rank(
     model: MorphableModel,
     books: Iterable[dict[str, Tensor]],  # rows {"input_ids": (T,), "answers": (T,)}
@@ -198,7 +204,6 @@ def rank(
     try: result = selector(model, books, log=log, **settings)
     finally: model.gates = before
     ranking = as_ranking(result, selector.name)
-    # what was asked for, as JSON can hold it
-    plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, tuple, list))}
-    facts = {"seed": settings.get("seed", 0), "settings": plain, **ranking.facts}
+    facts = {"seed": settings.get("seed", 0), "settings": plain_settings(settings)}
+    facts |= ranking.facts
     return replace(ranking, facts={**facts, "seconds": time.perf_counter() - began})

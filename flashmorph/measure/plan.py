@@ -118,6 +118,8 @@ def plan_search(planner: Planner) -> list[StagePlan]:
         flops += batches * align.batch_size * planner.text.start()
         tokens += batches * batch
     first = replace(first, tokens=tokens, flops=flops)
+    # other selectors say in their rankings what they took
+    if planner.recipe.method != "flashmorph": return [first]
     second = planner.stage("gates", gates, planner.books.tokens, planner.books.gates(),
                         teacher + 4 * branches)
     return [first, second]

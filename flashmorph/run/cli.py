@@ -17,7 +17,7 @@ from flashmorph.run.terminal import (
 )
 from ..selection import Selection
 from ..serve.export import export_command
-from ..store import nearest, write_aside
+from ..store import write_aside
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Json',
@@ -97,28 +97,34 @@ def demo(
     run_recipe(recipe, out, [*asked, *(changes or [])], resume, overwrite)
 
 # %% ../../nbs/99_run.cli.ipynb #ef9973ff
-def selected(run: Path, method: str, budget: int) -> Selection:
-    "The layers that `method` would keep in a run. Raises `ValueError` for an unknown method."
+def selected(run: Path, method: str | None, budget: int, settings: dict[str, Any]) -> Selection:
+    "The layers that `method`, or the run's own, would keep. Raises `ValueError` as `rank` does."
     from flashmorph.choose.trajectory import GateRun
     from flashmorph.choose.uniform import uniform
-    gates = GateRun.load(run)
-    if method == "flashmorph": return gates.select(budget)
-    if method == "uniform": return uniform(gates.num_layers, budget)
-    hint = nearest(method, ("flashmorph", "uniform"))
-    raise ValueError(f"--method: unknown method {method!r}; {hint}")
+    from flashmorph.run.materials import run_ranking
+    # a pattern needs no model
+    if method == "uniform" and (run / "gates.json").exists():
+        return uniform(GateRun.load(run).num_layers, budget)
+    return run_ranking(run, method, budget, **settings).select(budget)
 
 # %% ../../nbs/99_run.cli.ipynb #c9331d2a
 @app.command()
 def select(
-    run: Annotated[Path, typer.Argument(help="Run folder with gates.json.")],
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
     budget: Annotated[int, typer.Option(help="Number of layers that keep full attention.")],
-    method: Annotated[str, typer.Option(help="flashmorph or uniform.")] = "flashmorph",
+    method: Annotated[str | None, typer.Option(
+        help="A selector, as remove-one or my_file.py:mine; the run's own if left out.")] = None,
+    changes: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting of the selector, as count=16.")] = None,
     save: Annotated[bool, typer.Option(
         "--save", help="Also write selection.json into the run.")] = False,
 ) -> None:
-    "The layers a budget would keep, from a finished gate training."
+    "The layers a budget would keep: from the run's ranking, or scored by another selector."
+    from flashmorph.run.recipe import changed
     with plain_errors():
-        selection = selected(run, method, budget)
+        settings: dict[str, Any] = {}
+        for change in changes or []: changed(settings, change)
+        selection = selected(run, method, budget, settings)
         if save: selection.save(run)
         show(str(selection))
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 from torch import nn
 from ..choose.gates import train_gates
-from ..choose.uniform import uniform
-from ..folder import Run
+from ..folder import BRANCHES_FILE, Run
 from ..ledger import Ledger, adopt, check_finite, chosen, is_finished, read_scores
 from ..measure.cost import cost
 from ..measure.evaluate import evaluate
@@ -23,7 +22,7 @@ from ..model.morph import MorphableModel, morph
 from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
 from .materials import (
-    Materials, check_materials, digest_of, recipe_facts, stage_facts)
+    Materials, check_materials, digest_of, rank_layers, recipe_facts, sets_of, stage_facts)
 from .recipe import Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths
 from ..selection import Selection
 from ..show.report import write_report
@@ -34,8 +33,7 @@ from ..train.fit import Callback
 
 # %% auto #0
 __all__ = ['DONE', 'Conversion', 'measured', 'scores_of', 'model_results', 'choice_results', 'results_of', 'write_results',
-           'search', 'improve', 'repair', 'finished_results', 'sets_of', 'finish', 'run_stages', 'start', 'go_on',
-           'convert']
+           'search', 'improve', 'repair', 'finished_results', 'finish', 'run_stages', 'start', 'go_on', 'convert']
 
 # %% ../../nbs/82_run.convert.ipynb #c6ee6a6b
 class Conversion:
@@ -147,18 +145,22 @@ def write_results(work: Conversion) -> dict[str, Any]:
 # %% ../../nbs/82_run.convert.ipynb #e4c38b9b
 def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     "Stages 1 and 2, and the selection."
-    materials = work.materials
+    materials, method = work.materials, work.recipe.method
     model = morph(materials.teacher, mixer=work.recipe.mixer)
     work.say(f"align the linear branch of each of {model.num_layers} layers")
     work.train("align", align, model, materials.rows(work.recipe.seed))
-    work.say("train the gates")
-    gates = work.train("gates", train_gates, model, materials.books(work.recipe.seed))
-    # what the gates choose, unless somebody has chosen otherwise
-    ours = gates.select(materials.budget)
+    model.save_branches(work.run.path(BRANCHES_FILE))
+    gated = method == "flashmorph"
+    work.say("train the gates" if gated else f"rank the layers by {method}")
+    if gated: found = work.train("gates", train_gates, model, materials.books(work.recipe.seed))
+    else: found = rank_layers(materials, model, work.run, work.facts["rank"])
+    # what the selector chooses, unless somebody has chosen otherwise
+    ours = found.select(materials.budget)
     selection = chosen(ours, work.ledger)
-    if selection is ours:
-        for doubt in gates.doubts(materials.budget): work.say(f"doubt: {doubt}")
-    else: work.say(f"keep the layers of selection.json: {list(selection.layers)}")
+    if selection is not ours: work.say(
+        f"keep the layers of selection.json: {list(selection.layers)}")
+    elif gated:
+        for doubt in found.doubts(materials.budget): work.say(f"doubt: {doubt}")
     model.gates = 1.0
     return model, selection
 
@@ -201,13 +203,6 @@ def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
     if not run.path("report.html").exists(): write_report(run.folder)
     return read_json(run.path("results.json"), "results of a run")
 
-# %% ../../nbs/82_run.convert.ipynb #aa852d6d
-def sets_of(work: Conversion, selection: Selection) -> dict[str, list[int]]:
-    "The layers that each hybrid keeps: our `selection`, and what is compared."
-    spaced = list(uniform(work.materials.num_layers, work.materials.budget).layers)
-    sets = {"flashmorph": list(selection.layers), "all_linear": [], "uniform": spaced}
-    return {name: sets[name] for name in ("flashmorph", *work.recipe.compare)}
-
 # %% ../../nbs/82_run.convert.ipynb #d936ace6
 def finish(work: Conversion) -> dict[str, Any]:
     "Write results and report, then delete what only a resumed run would need."
@@ -222,7 +217,7 @@ def run_stages(work: Conversion) -> dict[str, Any]:
     "All stages of a conversion; its results."
     materials = work.materials
     model, selection = search(work)
-    work.sets = sets_of(work, selection)
+    work.sets = sets_of(materials, selection)
     work.evaluate(materials.teacher, "teacher", "zero_shot", list(range(materials.num_layers)))
     for name in work.sets:
         hybrid = repair(work, model, name)

@@ -4,26 +4,33 @@
 
 # %% ../../nbs/81_run.materials.ipynb #d6b70ffa
 from __future__ import annotations
-import json
+import json, re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 from transformers import PreTrainedModel
+from ..choose.rank import Selector, check_fits, find_selector, plain_settings, rank
+from ..choose.trajectory import GateRun
+from ..choose.uniform import uniform
 from ..data.mixture import Mixture, fingerprint
 from ..data.passkeys import Passkeys, passkeys
 from ..data.files import SourceConfig
 from ..data.text import text, tokenizer_fingerprint
+from ..folder import BRANCHES_FILE, Run
 from ..ledger import Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
+from ..model.morph import MorphableModel, morph
 from ..model.parts import check_full
 from ..model.teacher import check_length, load_teacher
-from .recipe import SIZES, TABLES, Recipe, recipe_toml
-from ..selection import budget_or_quarter
+from .recipe import SIZES, TABLES, Recipe, load_recipe, recipe_toml
+from ..selection import Ranking, Selection, budget_or_quarter
 from ..train.resume import UNCOMPARED, as_earlier
 
 # %% auto #0
 __all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of', 'table_facts',
-           'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'stage_facts']
+           'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'ranking_stage',
+           'stage_facts', 'rank_layers', 'sets_of', 'branches_of', 'ranking_file', 'run_ranking']
 
 # %% ../../nbs/81_run.materials.ipynb #f1406d86
 class Materials:
@@ -128,10 +135,11 @@ def aligned_facts(materials: Materials) -> Facts:
 
 # %% ../../nbs/81_run.materials.ipynb #45261749
 def gated_facts(materials: Materials) -> Facts:
-    "The facts of stage 2, which those of stage 1 are added to."
+    "The facts of how layers are ranked, which those of stage 1 are added to."
     recipe = materials.recipe
-    books = fingerprint(materials.books(recipe.seed))
-    return {**table_facts(recipe, "passkeys", "gates"), "the books": books}
+    books = {"the books": fingerprint(materials.books(recipe.seed))}
+    if recipe.method == "flashmorph": return {**table_facts(recipe, "passkeys", "gates"), **books}
+    return {"method": recipe.method, **table_facts(recipe, "passkeys", "rank"), **books}
 
 # %% ../../nbs/81_run.materials.ipynb #2ea37c9a
 def repaired_facts(recipe: Recipe, name: str, facts: Facts) -> Iterator[tuple[str, Facts]]:
@@ -157,12 +165,17 @@ def made_facts(materials: Materials, name: str, aligned: Facts, gated: Facts) ->
     return facts
 
 # %% ../../nbs/81_run.materials.ipynb #cbc421fb
+def ranking_stage(recipe: Recipe) -> str:
+    "The stage that orders the layers: `gates` are trained, other selectors `rank`."
+    return "gates" if recipe.method == "flashmorph" else "rank"
+
+
 def stage_facts(materials: Materials) -> dict[str, Facts]:
     "The facts of every stage that a recipe asks for, in order, as JSON would give them back."
     recipe = materials.recipe
     aligned = aligned_facts(materials)
     gated = gated_facts(materials)
-    stages = {"align": aligned, "gates": {**aligned, **gated}}
+    stages = {"align": aligned, ranking_stage(recipe): {**aligned, **gated}}
 
     # scores of the teacher, then of the hybrids
     known = {name: aligned[name] for name in ("the teacher's weights", "the tokenizer")}
@@ -171,3 +184,83 @@ def stage_facts(materials: Materials) -> dict[str, Facts]:
         made = made_facts(materials, name, aligned, gated)
         stages.update(repaired_facts(recipe, name, made))
     return json.loads(json.dumps(stages))
+
+# %% ../../nbs/81_run.materials.ipynb #c77b95d8
+def rank_layers(
+    materials: Materials, model: MorphableModel, run: Run, facts: Facts
+) -> Ranking:
+    "The ranking that a recipe asks for: from the run's `ranking.json`, or measured and kept there."
+    recipe = materials.recipe
+    path, known = run.path("ranking.json"), digest_of(facts)
+    if path.exists():
+        there = Ranking.load(path)
+        if there.facts.get("recipe") == known:
+            check_fits(there, model)
+            return there
+
+    # the seed is the recipe's, where the selector draws
+    settings = dict(vars(recipe.rank))
+    if "seed" in settings: settings["seed"] = recipe.seed
+    log = run.path("rankings", "log.jsonl")
+    log.parent.mkdir(exist_ok=True)
+    books = materials.books(recipe.seed)
+    ranking = rank(model, books, recipe.method, log=log, **settings)
+    ranking = replace(ranking, facts={**ranking.facts, "recipe": known})
+    ranking.save(path)
+    return ranking
+
+# %% ../../nbs/81_run.materials.ipynb #dd181d7a
+def sets_of(materials: Materials, selection: Selection) -> dict[str, list[int]]:
+    "The layers that each hybrid keeps: our `selection`, and what is compared."
+    spaced = list(uniform(materials.num_layers, materials.budget).layers)
+    sets = {"flashmorph": list(selection.layers), "all_linear": [], "uniform": spaced}
+    return {name: sets[name] for name in ("flashmorph", *materials.recipe.compare)}
+
+# %% ../../nbs/81_run.materials.ipynb #359705b0
+def branches_of(run: Run) -> tuple[Materials, MorphableModel]:
+    "The materials of a run and its model after stage 1; `ValueError` if it kept no branches."
+    materials = Materials(load_recipe(run.path("recipe.toml")))
+    file = run.path(BRANCHES_FILE)
+    if not file.is_file():
+        raise ValueError(f"{run.folder} has no {BRANCHES_FILE}: stage 1 is not finished (convert "
+                         "--resume), or an earlier version made the run and kept no branches")
+    model = morph(materials.teacher, mixer=materials.recipe.mixer)
+    model.load_branches(file)
+    return materials, model
+
+
+def ranking_file(run: Run, selector: Selector, settings: Facts) -> Path:
+    "Where the ranking of a run by a selector is kept."
+    name = re.sub(r"\W+", "-", selector.name)
+    if selector.one_budget: name += f"-{settings['budget']}"
+    return run.path("rankings", f"{name}.json")
+
+# %% ../../nbs/81_run.materials.ipynb #be42acef
+def run_ranking(
+    folder: str | Path, method: str | None, budget: int, **settings: Any
+) -> GateRun | Ranking:
+    """The order of a run's layers: the run's own (`None`), or that of a selector.
+
+    A ranking with the same settings is read from the run, else the selector scores the branches.
+    Raises `ValueError` for a run without branches, and as `rank` does."""
+    run = Run(folder)
+    own = run.path("ranking.json")
+    if method is None and own.exists(): return Ranking.load(own)
+    if method in (None, "flashmorph"): return GateRun.load(run.folder)
+    selector = find_selector(str(method))
+    if selector.one_budget: settings = {"budget": budget, **settings}
+    if selector.settings is not None: settings = dict(vars(selector.settings.make(settings)))
+
+    # kept with the same settings, or measured now
+    file = ranking_file(run, selector, settings)
+    if file.exists():
+        kept = Ranking.load(file)
+        if kept.facts.get("settings") == plain_settings(settings): return kept
+    materials, model = branches_of(run)
+    with run.lock():
+        file.parent.mkdir(exist_ok=True)
+        log = run.path("rankings", "log.jsonl")
+        books = materials.books(materials.recipe.seed)
+        ranking = rank(model, books, selector.name, log=log, **settings)
+        ranking.save(file)
+    return ranking

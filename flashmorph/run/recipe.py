@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 import tomli_w
 from ..choose.gates import GatesConfig
+from ..choose.rank import Scoring, find_selector
 from ..data.passkeys import PasskeysConfig
 from ..data.files import SourceConfig
 from ..data.text import TextConfig
@@ -24,9 +25,10 @@ from ..train.align import AlignConfig
 from ..train.distill import DistillConfig, FinetuneConfig
 
 # %% auto #0
-__all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'check_compare', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing',
-           'check_shape', 'recipe_from_dict', 'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values',
-           'recipe_toml', 'save_recipe', 'absolute', 'named_paths', 'with_absolute_source', 'with_absolute_paths']
+__all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'NoRank', 'table_kind', 'ranking_table', 'check_compare', 'check_recipe',
+           'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape', 'recipe_from_dict', 'parsed', 'changed',
+           'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe', 'absolute', 'named_paths',
+           'with_absolute_source', 'with_absolute_paths']
 
 # %% ../../nbs/80_run.recipe.ipynb #598d9114
 TABLES: dict[str, type[Settings]] = {
@@ -34,6 +36,7 @@ TABLES: dict[str, type[Settings]] = {
     "passkeys": PasskeysConfig,
     "align": AlignConfig,
     "gates": GatesConfig,
+    "rank": Scoring,
     "distill": DistillConfig,
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
@@ -51,6 +54,41 @@ def inherited(table: Any, source: Settings, sizes: Settings | None = None) -> An
     if sizes is not None: more |= {name: sizes[name] for name in SIZES}
     return {**more, **table}
 
+# %% ../../nbs/80_run.recipe.ipynb #820d14f3
+@dataclass(frozen=True, kw_only=True)
+class NoRank(Settings):
+    "The table `rank` of a recipe whose gates choose: the settings are in `gates`."
+    table: ClassVar[str] = "rank"
+
+    @classmethod
+    def unknown(cls, key: object) -> str:
+        return f"rank.{key}: method 'flashmorph' has its settings in the table gates"
+
+
+def table_kind(name: str, method: str) -> type[Settings]:
+    "The settings of a table: `rank` has those of the selector. Raises `ValueError` as a recipe."
+    if name != "rank": return TABLES[name]
+    if method == "flashmorph": return NoRank
+    selector = find_selector(method)
+    if method.startswith("flashmorph-") and selector.settings is None:
+        loss = method.removeprefix("flashmorph-")
+        raise ValueError(f"method: in a recipe {method!r} is method 'flashmorph' with "
+                         f"gates.align = {loss!r}")
+    if selector.settings is None:
+        raise ValueError(f"method: {method!r} was registered without settings; give "
+                         "register_selector a class of Settings")
+    return selector.settings
+
+
+def ranking_table(table: Any, method: str, budget: int | None) -> Any:
+    "The table `rank` with the recipe's budget, for a selector that searches for one."
+    if isinstance(table, NoRank): table = {}
+    if method == "flashmorph" or not find_selector(method).one_budget: return table
+    if budget is None:
+        raise ValueError(f"budget: {method!r} searches for one budget, so expected a number of "
+                         "layers, got nothing")
+    return {"budget": budget, **table} if isinstance(table, Mapping) else table
+
 # %% ../../nbs/80_run.recipe.ipynb #05cadd11
 def check_compare(methods: tuple[str, ...]) -> None:
     "Raise `ValueError` unless each of the methods is known, and there once."
@@ -66,7 +104,10 @@ def check_recipe(recipe: Recipe) -> None:
     mixer_class(recipe.mixer)
     if not recipe.teacher: raise ValueError("teacher: expected a name or a folder, got nothing")
     check_compare(recipe.compare)
-    if not recipe.gates.steps:
+    if getattr(recipe.rank, "budget", recipe.budget) != recipe.budget:
+        raise ValueError(f"rank.budget: expected the recipe's budget, {recipe.budget}, got "
+                         f"{recipe.rank['budget']}: leave it out")
+    if recipe.method == "flashmorph" and not recipe.gates.steps:
         raise ValueError("gates.steps: expected at least 1, because the gates choose the layers")
     for name in TABLES:
         if getattr(recipe[name], "seed", 0):
@@ -77,12 +118,14 @@ def check_recipe(recipe: Recipe) -> None:
 class Recipe(Settings):
     """A whole conversion: `budget` layers keep full attention (default: a quarter of them).
 
+    `method` names the selector that chooses them (see `SELECTORS`), with its settings in `rank`.
     `full_rope` and `logit_scale` are options of `commit`; `compare` names further hybrids to build,
     train and evaluate in the same way. `text.passkeys` is the share of passkey books among the
     rows of stages 1 and 3. A stage with `steps = 0` is left out. Tables may be given as mappings.
     Raises `ValueError` for whatever is unknown, of a wrong type, or out of its range."""
     teacher: str = BUNDLED
     mixer: str = "lightning"
+    method: str = "flashmorph"
     budget: int | None = setting(None, low=0)
     full_rope: bool = True
     logit_scale: float | None = setting(None, above=1, high=10**9)
@@ -92,16 +135,20 @@ class Recipe(Settings):
     passkeys: PasskeysConfig = setting(factory=dict)
     align: AlignConfig = setting(factory=AlignConfig)
     gates: GatesConfig = setting(factory=GatesConfig)
+    rank: Settings = setting(factory=dict)
     distill: DistillConfig = setting(factory=DistillConfig)
     finetune: FinetuneConfig = setting(factory=lambda: FinetuneConfig(steps=0))
     evaluate: EvaluateConfig = setting(factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in TABLES.items(): object.__setattr__(self, name, self._table(name, kind))
+        for name in TABLES:
+            kind = table_kind(name, self.method)
+            object.__setattr__(self, name, self._table(name, kind))
         super().__post_init__()
 
     def _table(self, name: str, kind: type[Settings]) -> Settings:
         table = getattr(self, name)
+        if name == "rank": table = ranking_table(table, self.method, self.budget)
         if not isinstance(table, (Mapping, kind)):
             raise ValueError(f"{name}: expected a table, got {table!r}")
         if name == "passkeys": table = inherited(table, self.text)
@@ -139,7 +186,9 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     "A `Recipe` from nested dicts, as TOML gives them. Raises `ValueError` naming what is wrong."
     check_shape(values)
     given = [name for name in TABLES if name in values]
-    tables = {name: with_nothing(TABLES[name], values[name]) for name in given}
+    method = values.get("method", "flashmorph")
+    kinds = {name: table_kind(name, method) for name in given}
+    tables = {name: with_nothing(kinds[name], values[name]) for name in given}
     return Recipe(**{**with_nothing(Recipe, values), **tables})
 
 # %% ../../nbs/80_run.recipe.ipynb #2e1772d2
