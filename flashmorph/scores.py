@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 from .results import NONE, RecallGrid, amount, nats, percent, rounded
+from .selection import check_layers, check_order
+from .settings import made_of
+
 
 # %% auto #0
 __all__ = ['Z', 'in_unit', 'Score', 'with_error', 'mean_score', 'perplexity', 'bootstrap', 'read_score', 'ModelScores',
-           'Comparison', 'read_model_scores', 'read_comparison', 'described', 'bases']
+           'Comparison', 'read_model_scores', 'read_comparison', 'described', 'Ranked', 'Kept', 'Subsets', 'Confidence',
+           'Selections', 'kendall', 'read_selections']
 
 # %% ../nbs/07_scores.ipynb #222c9e1c
 def in_unit(value: float | None, unit: str) -> str:
@@ -174,12 +178,118 @@ def described(model: ModelScores) -> str:
     else: parts.append(f"{layers} layers")
     return f"{model.name}: {', '.join(parts)}. Text: {facts.get('text', 'unknown')}."
 
-# %% ../nbs/07_scores.ipynb #c3e66b4d
-def bases(comparison: Comparison) -> list[str]:
-    "What the intervals rest on, a line for each way: `standard error over 64 books: recall`."
-    found: dict[str, list[str]] = {}
-    for model in comparison.models:
-        for name, score in model.scores.items():
-            names = found.setdefault(score.basis, [])
-            if name not in names: names.append(name)
-    return [f"{basis}: {', '.join(names)}" for basis, names in found.items()]
+# %% ../nbs/07_scores.ipynb #6498c4e2
+@dataclass(frozen=True)
+class Ranked:
+    """What a selector gave for one seed (`order`: `None` if its sets follow none), and its cost.
+
+    `passes` counts books that went through all layers, forward or backward; `tokens` are theirs."""
+    method: str
+    seed: int
+    order: tuple[int, ...] | None
+    seconds: float
+    tokens: int
+    passes: float
+
+@dataclass(frozen=True)
+class Kept:
+    """The layers that a method keeps for one seed, and their `scores` on held-out books, by name.
+
+    `behind` is the divergence beyond that of the best method, book by book. Among all sets of the
+    size, `percentile` is the share (0 to 100) of better sets, and `regret` is
+    (KL - best) / (median - best); `None` where there are too many sets to measure all."""
+    method: str
+    seed: int
+    layers: tuple[int, ...]
+    scores: dict[str, Score]
+    behind: Score
+    percentile: float | None
+    regret: float | None
+
+
+@dataclass(frozen=True)
+class Subsets:
+    "All sets of one size: how many, the `layers` of the best, and three divergences."
+    budget: int
+    count: int
+    layers: tuple[int, ...]
+    best: float
+    median: float
+    worst: float
+
+# %% ../nbs/07_scores.ipynb #7f5cdf96
+@dataclass(frozen=True)
+class Confidence:
+    """How sure a set of `layers` is, against its neighbours: sets with one layer exchanged.
+
+    `share`: of bootstrap draws of the books in which no neighbour is better. The `runner_up`
+    (layer out, layer in) is the best exchange, and `cost` what it adds to the divergence.
+    `exchangeable`: the exchanges that change the divergence by less than their intervals."""
+    method: str
+    layers: tuple[int, ...]
+    share: float
+    runner_up: tuple[int, int]
+    cost: Score
+    exchangeable: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        out, into = self.runner_up
+        words = [f"in {percent(self.share, 0)} of bootstrap draws no neighbour is better",
+                 f"the runner-up has {into} in place of {out} and costs {self.cost} nats"]
+        pairs = ", ".join(f"{i} and {j}" for i, j in self.exchangeable)
+        return "; ".join(words + [f"nearly exchangeable: {pairs}"] * bool(pairs))
+
+
+# %% ../nbs/07_scores.ipynb #e2f16257
+@dataclass(frozen=True)
+class Selections:
+    """Methods x budgets x seeds; `settings` were asked for, `facts` say what was read.
+
+    `interactions[i][j]`: the divergence without layers i and j, less those without i, without j."""
+    num_layers: int
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    ranked: tuple[Ranked, ...]
+    kept: tuple[Kept, ...]
+    subsets: tuple[Subsets, ...] = ()
+    confidence: tuple[Confidence, ...] = ()
+    curve: tuple[Score, ...] = ()
+    knee: tuple[int, int, int] | None = None
+    interactions: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def methods(self) -> list[str]: return list(dict.fromkeys(one.method for one in self.ranked))
+
+    @property
+    def budgets(self) -> list[int]: return sorted({len(one.layers) for one in self.kept})
+
+    def at(self, budget: int | None, method: str = "") -> list[Kept]:
+        "What was kept at one budget or at all, by one method or by all."
+        found = [one for one in self.kept if budget in (None, len(one.layers))]
+        return [one for one in found if method in ("", one.method)]
+
+    def record(self) -> dict[str, Any]:
+        "For a JSON file; `read_selections` reads it."
+        return asdict(self)
+
+# %% ../nbs/07_scores.ipynb #242dd84e
+def kendall(one: Sequence[int], other: Sequence[int]) -> float:
+    "Kendall's tau of two orders of the same layers, from -1 to 1."
+    place = {layer: n for n, layer in enumerate(other)}
+    pairs = list(itertools.combinations(one, 2))
+    agreed = sum(place[i] < place[j] for i, j in pairs)
+    return 2 * agreed / len(pairs) - 1 if pairs else 1.0
+
+
+# %% ../nbs/07_scores.ipynb #e3684ce2
+def read_selections(record: Any) -> Selections:
+    "From what `Selections.record` gave. Raises `ValueError` for anything else."
+    try:
+        shown = made_of(Selections, record)
+        for ranked in shown.ranked:
+            if ranked.order is not None: check_order(ranked.order)
+        for kept in (*shown.kept, *shown.confidence): check_layers(kept.layers, shown.num_layers)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected what `flashmorph compare --json` writes: {error}") from None
+    return shown
+

@@ -4,16 +4,16 @@
 
 # %% ../nbs/03_settings.ipynb #8e280132
 from __future__ import annotations
-import inspect, math, operator, types, typing
+import contextlib, inspect, math, operator, types, typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Self
 from .store import nearest
 
 # %% auto #0
 __all__ = ['PLAIN', 'MANY', 'WORDS', 'F', 'is_bool', 'as_int', 'as_float', 'as_bool', 'as_str', 'is_union', 'converted',
-           'first_of', 'as_tuple', 'Rule', 'setting', 'expected_choice', 'expected_list', 'expected', 'checked',
-           'UnknownSetting', 'Settings', 'takes']
+           'first_of', 'as_tuple', 'made_of', 'Rule', 'setting', 'expected_choice', 'expected_list', 'expected',
+           'checked', 'UnknownSetting', 'Settings', 'takes']
 
 # %% ../nbs/03_settings.ipynb #52087aad
 def is_bool(value: Any) -> bool:
@@ -85,6 +85,25 @@ def as_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if kinds[-1] is ...: kinds = kinds[:1] * len(values)
     if len(values) != len(kinds): raise TypeError
     return tuple(converted(one, kind) for one, kind in zip(values, kinds))
+
+# %% ../nbs/03_settings.ipynb #07552473
+def made_of(kind: Any, value: Any) -> Any:
+    "`value`, as JSON has it, as the annotated `kind`. Raises `TypeError` for anything else."
+    arguments = typing.get_args(kind)
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, Mapping) or value.keys() != hints.keys():
+            raise TypeError(f"expected {', '.join(hints)}; got {value!r:.80}")
+        return kind(**{name: made_of(hints[name], value[name]) for name in hints})
+    if is_union(kind): return None if value is None else made_of(arguments[0], value)
+    if typing.get_origin(kind) is dict and isinstance(value, Mapping):
+        return {key: made_of(arguments[1], one) for key, one in value.items()}
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) == len(value): return tuple(map(made_of, kinds, value))
+    elif kind in (*PLAIN, Any):
+        with contextlib.suppress(TypeError): return converted(value, kind)
+    raise TypeError(f"expected {kind}, got {value!r:.80}")
 
 # %% ../nbs/03_settings.ipynb #7f0f7094
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 import typer
 from .evaluation import (
-    PASSED_ON, BatchSize, Keys, Length, WordsPerKey, evaluate, harness, whole_numbers)
+    PASSED_ON, BatchSize, Keys, Length, WordsPerKey, evaluate, harness, listed, whole_numbers)
 from flashmorph.run.terminal import (
     OneLineErrors, console, plain_errors, show, show_progress, show_step,
 )
@@ -22,8 +22,8 @@ from ..store import write_aside
 # %% auto #0
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Json',
            'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo',
-           'selected', 'select', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops', 'bench_gates',
-           'bench_align', 'speed_command']
+           'selected', 'select', 'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops',
+           'bench_gates', 'bench_align', 'speed_command']
 
 # %% ../../nbs/99_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -134,6 +134,37 @@ run_harness = app.command("lm-eval", context_settings=PASSED_ON, add_help_option
 
 # %% ../../nbs/99_run.cli.ipynb #e6b4004a
 run_export = app.command("export")(export_command)
+
+# %% ../../nbs/99_run.cli.ipynb #3a6eecec
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="Run folder, after stage 1.")],
+    methods: Annotated[str, typer.Option(help="Selectors, as remove-one,eliminate,uniform.")],
+    budgets: Annotated[str, typer.Option(help="Numbers of full layers, as 2,3.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Streams of books for each method.")] = 1,
+    steps: Annotated[int, typer.Option(min=0, help="Of distillation of every set.")] = 0,
+    count: Annotated[int, typer.Option(min=2, help="Held-out books.")] = 256,
+    changes: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="Another setting, as most=3000.")] = None,
+    record: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a page with figures.")] = None,
+) -> None:
+    "Selectors side by side on a run: their sets, how good these are, and what asking took."
+    from flashmorph.run.compare import (
+        compare_run, write_selections, write_selections_page)
+    from flashmorph.run.recipe import changed
+    from flashmorph.show.table import SelectionsTable
+    with plain_errors():
+        settings: dict[str, Any] = {
+            "methods": listed(methods), "budgets": whole_numbers("--budgets", budgets),
+            "seeds": seeds, "steps": steps, "count": count}
+        for change in changes or []: changed(settings, change)
+        shown = compare_run(run, say=show_progress, **settings)
+        if record is not None: write_selections(shown, record)
+        if page is not None: write_selections_page(shown, page)
+        console.print(SelectionsTable(shown))
+        for path in (run / "selections.json", record, page):
+            if path is not None: show(f"written: {path}")
 
 # %% ../../nbs/99_run.cli.ipynb #2f96057b
 @app.command()

@@ -12,13 +12,15 @@ import plotly.graph_objects as go
 import traitlets as T
 from ..choose.trajectory import GateRun, doubt_texts
 from ..results import METRICS, Cost, amount, percent
+from ..scores import read_selections
 from ..selection import Ranking, Selection, check_budget, check_pins, top_k
 from .look import FULL, LINEAR, Figure, layer_step, styled
 from .widget import Widget, allowed
+from ..store import read_json
 
 # %% auto #0
 __all__ = ['CHOICE', 'Choice', 'state_of', 'choice_of', 'History', 'Chooser', 'loaded', 'ranking_of', 'doubts_of', 'doubt_of',
-           'summary', 'scores_of', 'budget_figure']
+           'confidence_of', 'summary', 'scores_of', 'budget_figure']
 
 # %% ../../nbs/75_show.chooser.ipynb #cbbea148
 @dataclass(frozen=True)
@@ -181,9 +183,22 @@ def doubt_of(texts: Sequence[str], choice: Choice) -> str:
     pinned = choice.full or choice.linear
     return texts[choice.budget] if texts and not pinned else ""
 
+# %% ../../nbs/75_show.chooser.ipynb #76100452
+def confidence_of(folder: Any, ranking: Ranking) -> list[str]:
+    "How sure each set of a ranking is, by budget, if a comparison in the run says so; else nothing."
+    file = None if folder is None else Path(folder) / "selections.json"
+    if file is None or not file.is_file(): return []
+    shown = read_selections(read_json(file, "a comparison of selections"))
+    texts = [""] * (ranking.num_layers + 1)
+    if shown.num_layers != ranking.num_layers: return texts
+    for sure in shown.confidence:
+        budget = len(sure.layers)
+        if sure.layers == ranking.select(budget).layers: texts[budget] = str(sure)
+    return texts
+
 # %% ../../nbs/75_show.chooser.ipynb #b1eb1dce
 def summary(
-    selection: Selection, cost: Cost | None, recall: float | None, doubt: str = ""
+    selection: Selection, cost: Cost | None, recall: float | None, doubt: str = "", sure: str = ""
 ) -> str:
     "What is known of a choice, in lines."
     lines = [str(selection)]
@@ -192,6 +207,7 @@ def summary(
         lines.append(f"at {cost.context:,} tokens: cache {cache}, prefill {prefill}, "
                      f"{read} read for each new token, {size} parameters")
     if recall is not None: lines.append(f"zero-shot recall {percent(recall)}")
+    if sure: lines.append(f"confidence: {sure}")
     if doubt: lines.append(f"doubt: {doubt}")
     return "\n".join(lines)
 

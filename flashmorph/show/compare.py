@@ -4,22 +4,27 @@
 
 # %% ../../nbs/77_show.compare.ipynb #dd12aadc
 from __future__ import annotations
-import html
+import html, os
 from collections.abc import Mapping, Sequence
 from typing import Any
 import plotly.graph_objects as go
 import traitlets as T
 from ..choose.trajectory import GateRun
 from ..results import RecallGrid
-from ..scores import Comparison, ModelScores, Score
+from ..scores import (
+    Comparison, ModelScores, Score, Selections, kendall, read_selections)
 from ..selection import Ranking, Selection, budget_or_quarter, check_budget
 from .figures import selection_figure
-from .look import ABOVE, OKABE_ITO, Figure, styled
+from .look import (
+    ABOVE, DOTTED, OKABE_ITO, TEXT, Figure, color_bar, layer_step, styled)
 from .measured import recall_figure
-from .widget import Widget, allowed, layers_of, method_sets, script
+from .widget import Widget, allowed, layers_of, mask_of, method_sets, script
+from ..store import read_json
+
 
 # %% auto #0
-__all__ = ['SelectionCompare', 'RecallMap', 'scores_figure', 'positions_figure']
+__all__ = ['load_selections', 'sets_of', 'SelectionCompare', 'RecallMap', 'scores_figure', 'positions_figure', 'budgets_figure',
+           'price_figure', 'squares', 'tau_figure', 'interactions_figure', 'knee_figure']
 
 # %% ../../nbs/77_show.compare.ipynb #b38c5be6
 def _num_layers(methods: Mapping[str, Any], given: int | None) -> int:
@@ -37,19 +42,43 @@ def _first_budget(methods: Mapping[str, Any], num_layers: int) -> int:
         if isinstance(method, Selection): return method.budget
     return budget_or_quarter(None, num_layers)
 
+# %% ../../nbs/77_show.compare.ipynb #c21b4d63
+def load_selections(path: str | os.PathLike) -> Selections:
+    "From a file, or from the folder of a run. Raises `ValueError` if there is none."
+    return read_selections(read_json(path, "a comparison of selections", "selections.json"))
+
+
+def sets_of(shown: Selections) -> list[dict[str, Any]]:
+    "The masks of each method at each budget, of its first seed, as `method_sets` gives them."
+    L = shown.num_layers
+    found = []
+    for method in shown.methods:
+        known = {len(one.layers): one.layers for one in reversed(shown.at(None, method))}
+        order = next(one.order for one in shown.ranked if one.method == method)
+        if order is not None: known |= {k: order[:k] for k in range(L + 1)}
+        sets = [mask_of(known[k], L) if k in known else "" for k in range(L + 1)]
+        found.append({"name": method, "sets": sets})
+    return found
+
 # %% ../../nbs/77_show.compare.ipynb #64c593c1
 class SelectionCompare(Widget):
     """Methods by layers at a budget to drag: who keeps what, and how much they share.
 
-    `methods` as for `method_sets`; a sequence of `Selection`s works too. `num_layers` is needed if
-    all methods are functions. Raises `ValueError` for none, and for methods of different models."""
+    `methods` as for `method_sets`; a sequence of `Selection`s works too, and so do a comparison, its
+    JSON file, and the run with that file. `num_layers` is needed if all methods are functions.
+    Raises `ValueError` for none, and for methods of different models."""
     _esm = script("compare.js")
     num_layers = T.Int(0).tag(sync=True)
     methods: Any = T.List().tag(sync=True)
     budget: Any = T.Any(0).tag(sync=True)
 
-    def __init__(self, methods: Mapping[str, Any] | Sequence[Selection],
-                 num_layers: int | None = None, budget: int | None = None):
+    def __init__(self, methods: Any, num_layers: int | None = None, budget: int | None = None):
+        if isinstance(methods, (str, os.PathLike)): methods = load_selections(methods)
+        if isinstance(methods, Selections):
+            sets, L = sets_of(methods), methods.num_layers
+            first = methods.budgets[0] if budget is None else budget
+            super().__init__(num_layers=L, methods=sets, budget=check_budget(first, L))
+            return
         if not isinstance(methods, Mapping): methods = {s.method: s for s in methods}
         L = _num_layers(methods, num_layers)
         if not methods or not L:
@@ -161,3 +190,90 @@ def positions_figure(comparison: Comparison) -> Figure:
     fig.update_xaxes(title="position in the row, tokens", type="category")
     fig.update_yaxes(title="perplexity")
     return styled(fig, "Perplexity by position", 380).update_layout(legend=ABOVE, margin={"t": 82})
+
+# %% ../../nbs/77_show.compare.ipynb #7f9bc78f
+def budgets_figure(shown: Selections) -> Figure:
+    "The divergence of each method at each budget, with the best and the median of all sets."
+    fig = go.Figure()
+    for i, method in enumerate(shown.methods):
+        kept = [one for one in shown.kept if one.method == method]
+        scores = [one.scores["kl"] for one in kept]
+        fig.add_scatter(
+            x=[len(one.layers) for one in kept], y=[score.value for score in scores],
+            name=html.escape(method), mode="markers", error_y=_bar(scores),
+            marker={"size": 9, "color": OKABE_ITO[i % 7]},
+            text=[f"{list(one.layers)}<br>{one.scores['kl']}" for one in kept],
+            hovertemplate="<b>budget %{x}</b><br>%{text}")
+    for name in ("best", "median"):
+        fig.add_scatter(
+            x=[every.budget for every in shown.subsets], name=f"{name} of all sets",
+            y=[getattr(every, name) for every in shown.subsets], mode="lines+markers",
+            line=DOTTED, marker={"symbol": "line-ew-open", "size": 14})
+    fig.update_xaxes(title="budget: full layers", dtick=1)
+    fig.update_yaxes(title="divergence of the answers, nats", type="log")
+    fig = styled(fig, "Divergence by budget", 420)
+    return fig.update_layout(legend=ABOVE, margin={"t": 82}, scattermode="group")
+
+# %% ../../nbs/77_show.compare.ipynb #7bd10f01
+def price_figure(shown: Selections) -> Figure:
+    "How far each method is behind the best, the mean of budgets and seeds, over what asking took."
+    fig = go.Figure()
+    for i, method in enumerate(shown.methods):
+        asked = [one.passes for one in shown.ranked if one.method == method]
+        behind = [one.behind.value for one in shown.kept if one.method == method]
+        fig.add_scatter(
+            x=[sum(asked) / len(asked)], y=[sum(behind) / len(behind)], name=html.escape(method),
+            mode="markers+text", text=[html.escape(method)], textposition="top center",
+            marker={"size": 11, "color": OKABE_ITO[i % 7]}, showlegend=False,
+            hovertemplate="%{x:.3s} passes of a book, %{y:.3f} nats behind the best")
+    fig.update_xaxes(title="passes of a book through all layers", rangemode="tozero")
+    fig.update_yaxes(title="nats behind the best", rangemode="tozero")
+    return styled(fig, "What asking took, and what it brought", 360)
+
+# %% ../../nbs/77_show.compare.ipynb #f1955a70
+def squares(names: Sequence[Any], values: Sequence[Sequence[float | None]], bar: str,
+            title: str, ends: float) -> Figure:
+    "A square of numbers between `-ends` and `ends`, with names on both sides."
+    fig = go.Figure(go.Heatmap(
+        x=list(names), y=list(names), z=values, zmin=-ends, zmax=ends, zmid=0, colorscale="RdBu",
+        colorbar=color_bar(bar), texttemplate="%{z:.2f}" if len(names) <= 12 else None,
+        hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>"))
+    fig.update_yaxes(autorange="reversed")
+    return styled(fig, title, 150 + 26 * max(6, len(names)))
+
+
+def tau_figure(shown: Selections) -> Figure:
+    "Kendall's tau between the orders of the methods, of their first seeds."
+    orders = {one.method: one.order for one in reversed(shown.ranked) if one.order is not None}
+    names = [method for method in shown.methods if method in orders]
+    values = []
+    for a in names: values.append([kendall(orders[a], orders[b]) for b in names])
+    return squares(names, values, "tau", "Kendall's tau between the orders", 1)
+
+
+def interactions_figure(shown: Selections) -> Figure:
+    "The interaction of each two layers, in nats: above 0 each stands in for the other."
+    values = shown.interactions or ()
+    ends = max((abs(value) for row in values for value in row), default=0) or 1.0
+    title = "Interactions of layers, nats"
+    fig = squares(range(shown.num_layers), values, "nats", title, ends)
+    step = layer_step(shown.num_layers)
+    return fig.update_xaxes(title="layer", dtick=step).update_yaxes(title="layer", dtick=step)
+
+# %% ../../nbs/77_show.compare.ipynb #01e2a28e
+def knee_figure(shown: Selections) -> Figure:
+    "The divergence of the first method over all budgets, and the knee with its interval."
+    fig = go.Figure()
+    scores = shown.curve
+    fig.add_scatter(
+        x=list(range(len(scores))), y=[score.value for score in scores], error_y=_bar(scores),
+        mode="lines+markers", line={"color": OKABE_ITO[0], "width": 2}, showlegend=False,
+        hovertemplate="<b>budget %{x}</b>: %{y:.3f} nats<extra></extra>")
+    if shown.knee is not None:
+        low, knee, high = shown.knee
+        fig.add_vrect(low - .1, high + .1, fillcolor=TEXT, opacity=.15, line_width=0)
+        fig.add_vline(knee, line=DOTTED)
+    fig.update_xaxes(title="budget: full layers", dtick=layer_step(len(scores)))
+    fig.update_yaxes(title="divergence of the answers, nats", rangemode="tozero")
+    method = shown.confidence[0].method if shown.confidence else shown.methods[0]
+    return styled(fig, f"The knee of the budget, for {html.escape(method)}", 360)

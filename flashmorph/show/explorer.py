@@ -21,7 +21,7 @@ from ..model.morph import MorphableModel, share
 from ..results import METRICS, Cost
 from ..selection import Ranking, Selection, budget_or_quarter
 from .chooser import (
-    Choice, Chooser, History, budget_figure, doubt_of, doubts_of, loaded,
+    Choice, Chooser, History, budget_figure, confidence_of, doubt_of, doubts_of, loaded,
     ranking_of, scores_of, state_of, summary)
 from .look import Figure
 from .widget import Refused, cost_table, layers_of, mask_of, method_sets, script
@@ -254,6 +254,7 @@ class BudgetExplorer(Counted, Measured, Committed):
     scores = T.List(T.Float()).tag(sync=True)
     score_name = T.Unicode("score").tag(sync=True)
     doubts = T.List(T.Unicode()).tag(sync=True)     # for each budget, if there are any
+    confidence = T.List(T.Unicode()).tag(sync=True)     # the same
 
     def __init__(self, run: GateRun | Ranking | str | Path, model: Any = None, config: Any = None,
                  books: Iterable[dict[str, torch.Tensor]] | None = None,
@@ -270,7 +271,7 @@ class BudgetExplorer(Counted, Measured, Committed):
         if compare is None: compare = {"uniform": lambda k: uniform(L, k)}
         super().__init__(
             order=list(self.ranking.order), scores=list(scores_of(self.ranking)),
-            doubts=doubts_of(run), context=context,
+            doubts=doubts_of(run), confidence=confidence_of(folder, self.ranking), context=context,
             others=method_sets(compare, L), begun=state_of(now), **History(now).state())
         self.show(History(now))
         if folder is not None: self.folder = Path(folder)
@@ -286,5 +287,5 @@ class BudgetExplorer(Counted, Measured, Committed):
 
     def figure(self) -> Figure: return budget_figure(self.ranking, self.heard().now)
     def __str__(self) -> str:
-        doubt = doubt_of(self.doubts, self.heard().now)
-        return summary(self.selection, self.cost, self.recall, doubt)
+        doubt, sure = (doubt_of(t, self.heard().now) for t in (self.doubts, self.confidence))
+        return summary(self.selection, self.cost, self.recall, doubt, sure)

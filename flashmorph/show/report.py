@@ -16,16 +16,18 @@ from ..choose.trajectory import GateRun
 from ..model.hybrid import HybridConfig
 from ..results import (
     Cost, Results, label, percent, read_results)
-from ..scores import Comparison, bases, described
+from ..scores import Comparison, described
 from ..selection import Selection
 from .table import (
-    COLUMNS, SPENT, UNLIKE, comparison_rows, position_rows, result_rows, spent_rows)
+    CHOSEN, COLUMNS, NOTE, SPENT, UNLIKE, bases, chosen_rows, comparison_rows, position_rows,
+    result_rows, spent_rows)
 from ..store import EventLog, read_json, write_aside
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Cells', 'Section', 'RunFiles', 'selections_of', 'drawn', 'summary_section', 'results_section',
-           'layers_section', 'costs_section', 'gates_section', 'losses_section', 'spent_section', 'recipe_section',
-           'plotly_script', 'page', 'reason', 'write_report', 'comparison_sections', 'write_comparison']
+           'layers_section', 'selectors_section', 'costs_section', 'gates_section', 'losses_section', 'spent_section',
+           'recipe_section', 'plotly_script', 'page', 'reason', 'write_report', 'comparison_sections',
+           'write_comparison']
 
 # %% ../../nbs/79_show.report.ipynb #c7379cc3
 @dataclass(frozen=True)
@@ -136,6 +138,18 @@ def layers_section(run: RunFiles) -> Section:
     from flashmorph.show.figures import selection_figure
     return Section("Layers", figure=drawn(selection_figure(selections_of(run))))
 
+# %% ../../nbs/79_show.report.ipynb #7d05504f
+def selectors_section(run: RunFiles) -> Section:
+    "What other selectors would have kept, if they were compared, and how sure the sets are."
+    from flashmorph.show.compare import budgets_figure, load_selections
+    shown = load_selections(run.path("selections.json"))
+    rows: list[Sequence[str]] = []
+    for budget in shown.budgets: rows += chosen_rows(shown, budget)
+    lines = [f"{sure.method}, {len(sure.layers)} layers: {sure}." for sure in shown.confidence]
+    if shown.knee: lines.append("Knee of the budget: {1} ({0} to {2}).".format(*shown.knee))
+    return Section("Selectors", lines, figure=drawn(budgets_figure(shown)),
+                   table=Cells(CHOSEN, rows, left=2), note=NOTE)
+
 # %% ../../nbs/79_show.report.ipynb #401a68e7
 def _counted(config: HybridConfig, order: Sequence[int], context: int) -> list[Cost]:
     "The costs of all budgets; `ValueError` if they cannot be counted."
@@ -218,6 +232,7 @@ SECTIONS: dict[str, Callable[[RunFiles], Section]] = {
     "Summary": summary_section,
     "Results": results_section,
     "Layers": layers_section,
+    "Selectors": selectors_section,
     "Costs": costs_section,
     "Gates": gates_section,
     "Losses": losses_section,
@@ -231,6 +246,8 @@ def _sections(run: RunFiles) -> tuple[list[Section], list[str]]:
     sections = []
     missing = []
     for name, section in SECTIONS.items():
+        # nobody has to compare selectors
+        if section is selectors_section and not run.has("selections.json"): continue
         # files of a run may hold anything, and no file may cost the results of a night
         try: sections.append(section(run))
         except Exception as e: missing.append(f"{name} left out: {reason(e, run.folder)}.")

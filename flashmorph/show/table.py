@@ -4,6 +4,7 @@
 
 # %% ../../nbs/78_show.table.ipynb #8b5ac7ed
 from __future__ import annotations
+import itertools, statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 from rich import box
@@ -12,13 +13,14 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 from flashmorph.results import (
-    NONE, ModelResult, Results, amount, duration, label, nats, percent, read_results,
+    NONE, ModelResult, Results, amount, duration, label, nats, percent, read_results, rounded,
     stage_label)
-from ..scores import Comparison, bases, described
+from ..scores import Comparison, Kept, Selections, described, kendall
 
 # %% auto #0
-__all__ = ['COLUMNS', 'SPENT', 'UNLIKE', 'result_rows', 'fitting', 'ResultsTable', 'results_table', 'spent_rows', 'spent_table',
-           'comparison_rows', 'position_rows', 'ComparisonTable']
+__all__ = ['COLUMNS', 'SPENT', 'UNLIKE', 'CHOSEN', 'TAKEN', 'NOTE', 'result_rows', 'fitting', 'ResultsTable', 'results_table',
+           'spent_rows', 'spent_table', 'comparison_rows', 'position_rows', 'bases', 'ComparisonTable', 'strip_of',
+           'chosen_row', 'chosen_rows', 'taken_rows', 'plain_table', 'SelectionsTable']
 
 # %% ../../nbs/78_show.table.ipynb #a72ed7cc
 COLUMNS = ("model", "stage", "full layers", "recall", "exact", "answer NLL", "LM NLL", "params",
@@ -173,6 +175,16 @@ def position_rows(comparison: Comparison) -> list[tuple[str, ...]]:
         rows.append((f"perplexity {name}", *cells))
     return rows
 
+# %% ../../nbs/78_show.table.ipynb #c3e66b4d
+def bases(comparison: Comparison) -> list[str]:
+    "What the intervals rest on, a line for each way: `standard error over 64 books: recall`."
+    found: dict[str, list[str]] = {}
+    for model in comparison.models:
+        for name, score in model.scores.items():
+            names = found.setdefault(score.basis, [])
+            if name not in names: names.append(name)
+    return [f"{basis}: {', '.join(names)}" for basis, names in found.items()]
+
 # %% ../../nbs/78_show.table.ipynb #d0a59afa
 UNLIKE = ("The models have different tokenizers: losses and perplexities per token do not compare "
           "with one another.")
@@ -205,3 +217,82 @@ class ComparisonTable(JupyterMixin):
         for model in self.comparison.models: yield Text(described(model))
         yield Text("95% intervals. " + ". ".join(bases(self.comparison)) + ".")
         if not self.comparison.comparable: yield Text(UNLIKE)
+
+# %% ../../nbs/78_show.table.ipynb #44c3ccaf
+CHOSEN = ("method", "layers", "KL", "behind the best", "recall", "NLL", "better", "regret")
+TAKEN = ("method", "seconds", "tokens", "passes", "tau of seeds")
+
+
+def strip_of(layers: Sequence[int], num_layers: int) -> str:
+    "`#..#` for layers 0 and 3 of 4, up to 32 layers; then the layers by their numbers."
+    if num_layers > 32: return ",".join(map(str, layers))
+    return "".join("█" if i in layers else "·" for i in range(num_layers))
+
+
+def chosen_row(kept: Kept, num_layers: int, seeds: int) -> tuple[str, ...]:
+    "The cells of one set, as `CHOSEN`; a set after distillation has the scores from there."
+    def score(name: str) -> Any: return kept.scores.get(f"{name}, distilled", kept.scores[name])
+    name = kept.method if seeds == 1 else f"{kept.method} x{seeds}"
+    behind = NONE if kept.behind.value == 0 else f"{kept.behind}"
+    better = NONE if kept.percentile is None else f"{rounded(kept.percentile, 1)}%"
+    regret = NONE if kept.regret is None else rounded(kept.regret, 3)
+    return (name, strip_of(kept.layers, num_layers), nats(score("kl").value), behind,
+            percent(score("recall").value), nats(score("nll").value), better, regret)
+
+
+def chosen_rows(shown: Selections, budget: int) -> list[tuple[str, ...]]:
+    "The rows of a budget, the best set first; seeds with one set share a row."
+    groups: dict[tuple[str, tuple[int, ...]], list[Kept]] = {}
+    for kept in shown.at(budget): groups.setdefault((kept.method, kept.layers), []).append(kept)
+    rows = sorted(groups.values(), key=lambda group: group[0].scores["kl"].value)
+    return [chosen_row(group[0], shown.num_layers, len(group)) for group in rows]
+
+
+def taken_rows(shown: Selections) -> list[tuple[str, ...]]:
+    "What asking each method took, the mean of its seeds, and the tau between its seeds."
+    rows = []
+    for method in shown.methods:
+        asked = [one for one in shown.ranked if one.method == method]
+        orders = [one.order for one in asked if one.order is not None]
+        taus = [kendall(a, b) for a, b in itertools.combinations(orders, 2)]
+        means = [statistics.fmean(getattr(one, name) for one in asked)
+                 for name in ("seconds", "tokens", "passes")]
+        tau = rounded(statistics.fmean(taus), 2) if taus else NONE
+        rows.append((method, duration(means[0]), amount(means[1], "count"),
+                     amount(means[2], "count"), tau))
+    return rows
+
+# %% ../../nbs/78_show.table.ipynb #2b1d83b5
+NOTE = ("KL: divergence of the answers from the teacher's, in nats; behind the best: with its 95% "
+        "interval, book by book; better: share of all sets of the size that are better; regret: 0 "
+        "for the best set of the size, 1 for the median set; passes: books through all layers, a "
+        "backward pass counts as one.")
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    "A table of text, the first two columns on the left."
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="",
+                  title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+    for row in rows: table.add_row(*map(Text, row))
+    return table
+
+
+class SelectionsTable(JupyterMixin):
+    "`Selections` for a terminal: a table for each budget, then what asking took."
+    def __init__(self, shown: Selections): self.shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        shown = self.shown
+        for budget in shown.budgets:
+            title = f"{budget} of {shown.num_layers} layers keep full attention"
+            yield plain_table(title, CHOSEN, chosen_rows(shown, budget))
+            for sure in shown.confidence:
+                if len(sure.layers) == budget: yield Text(f"{sure.method}: {sure}.")
+        yield plain_table("What asking took", TAKEN, taken_rows(shown))
+        if shown.knee is not None:
+            low, knee, high = shown.knee
+            yield Text(f"Knee of the budget: {knee} (95% of the draws: {low} to {high}).")
+        yield Text(", ".join(f"{name}: {value}" for name, value in shown.facts.items()) + ".")
+        yield Text(NOTE)

@@ -31,6 +31,17 @@ function explorerNote({ model, L, place, scores, scoreName, choice, picked }, la
   ].join("");
 }
 
+/**
+ * The line under the slider: how sure the set is, if that was measured for this very set.
+ * @param {ReturnType<typeof explorerState>} state
+ */
+function confidenceLine({ model, choice }) {
+  const { budget, pinned_full, pinned_linear } = choice();
+  if (pinned_full.length || pinned_linear.length) return "";
+  const sure = model.get("confidence")[budget];
+  return sure ? `Confidence: ${sure}.` : "";
+}
+
 /** @param {{ model: Model, el: HTMLElement }} view */
 function render({ model, el }) {
   const state = explorerState(model);
@@ -75,6 +86,7 @@ function render({ model, el }) {
     },
   });
   const note = make("div", { class: "fm-note", role: "status", "aria-live": "polite" });
+  const sure = make("div", { class: "fm-note fm-sure" });
 
   // parts
   const chart = layerChart(state, act, say);
@@ -92,7 +104,7 @@ function render({ model, el }) {
     live ? commit : null,
   );
   const panels = make("div", { class: "fm-panels" }, costs && costs.node, recall && recall.node);
-  el.append(own(make("div", { class: "fm fm-explorer" }, top, chart.node, note, panels)));
+  el.append(own(make("div", { class: "fm fm-explorer" }, top, sure, chart.node, note, panels)));
 
   function say() {
     const warn = complaint || model.get("error");
@@ -108,6 +120,7 @@ function render({ model, el }) {
     put(count, { text: `${now.budget} of ${plural(L, "layer")} full` });
     undo.disabled = !model.get("history").length;
     reset.disabled = sameChoice(now, model.get("begun"));
+    put(sure, { text: confidenceLine(state) });
     chart.paint();
     if (costs) costs.paint();
     if (recall) recall.paint();
