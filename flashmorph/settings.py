@@ -94,7 +94,8 @@ def made_of(kind: Any, value: Any) -> Any:
         hints = typing.get_type_hints(kind)
         if not isinstance(value, Mapping) or value.keys() != hints.keys():
             raise TypeError(f"expected {', '.join(hints)}; got {value!r:.80}")
-        return kind(**{name: made_of(hints[name], value[name]) for name in hints})
+        make: Any = kind
+        return make(**{name: made_of(hints[name], value[name]) for name in hints})
     if is_union(kind): return None if value is None else made_of(arguments[0], value)
     if typing.get_origin(kind) is dict and isinstance(value, Mapping):
         return {key: made_of(arguments[1], one) for key, one in value.items()}

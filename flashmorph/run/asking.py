@@ -4,28 +4,23 @@
 
 # %% ../../nbs/91_run.asking.ipynb #e7e3e50a
 from __future__ import annotations
-import contextlib, inspect, time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib, time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from torch import Tensor
-from ..choose.rank import SELECTORS
-from ..choose.uniform import uniform
+from ..choose.rank import find_selector, rank
 from ..ledger import short_hash
 from ..model.branches import MorphLayer, after_each
 from ..model.morph import MorphableModel
 from .subsets import Values
 from ..selection import check_budget
 from ..settings import Settings, setting
-from ..store import nearest
 
 # %% auto #0
-__all__ = ['PATTERNS', 'QUIET', 'CompareConfig', 'check_budgets', 'Meter', 'metered', 'Noted', 'hash_of', 'settings_for', 'ask']
+__all__ = ['CompareConfig', 'check_budgets', 'Meter', 'metered', 'Noted', 'hash_of', 'settings_for', 'ask']
 
 # %% ../../nbs/91_run.asking.ipynb #2f98aff4
-PATTERNS: dict[str, Callable[[int, int], Any]] = {"uniform": uniform}   # no model is asked
-
-
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Settings):
     """Settings of a comparison: `count` held-out books, and `steps` of distillation of every set.
@@ -45,10 +40,7 @@ class CompareConfig(Settings):
     interactions: bool | None = None
 
     def check(self) -> None:
-        known = {**PATTERNS, **SELECTORS}
-        for name in self.methods:
-            if name not in known:
-                raise ValueError(f"methods: no selector {name!r}; {nearest(name, known)}")
+        for name in self.methods: find_selector(name)
         for name in ("methods", "budgets"):
             if not self[name] or len({*self[name]}) < len(self[name]):
                 raise ValueError(f"{name}: expected at least one, each once, got {self[name]}")
@@ -99,30 +91,37 @@ def hash_of(ids: Tensor) -> str:
     return short_hash(str(ids.tolist()))
 
 # %% ../../nbs/91_run.asking.ipynb #5ccdfd56
-QUIET = {"progress": False}
+def settings_for(method: str, seed: int) -> dict[str, Any]:
+    "What a selector is given in every comparison: the seed, and no progress bars."
+    selector = find_selector(method)
+    if selector.settings is None:
+        # gates are trained by `fit`; of a function of somebody's own nothing is known
+        return {"seed": seed, "progress": False} if method.startswith("flashmorph") else {}
+    known = {"seed": seed, "progress": False}
+    names = selector.settings.setting_names()
+    return {name: value for name, value in known.items() if name in names}
 
 
-def settings_for(method: str, **known: Any) -> dict[str, Any]:
-    "Those of the `known` settings that a selector has."
-    if method in ("flashmorph",): return {**QUIET, "seed": known["seed"]}
-    names = inspect.signature(SELECTORS[method]).parameters
-    return {name: value for name, value in {**QUIET, **known}.items() if name in names}
+def ask(
+    model: MorphableModel, method: str, books: Iterable[Any], seed: int, budgets: Sequence[int]
+) -> Values:
+    """What a selector gives for one seed: its order, its sets by budget, and what asking took.
 
-
-def ask(model: MorphableModel, method: str, books: Iterable[Any], seed: int) -> Values:
-    "What a selector gives for one seed: its order, its sets of all budgets, and what asking took."
-    count = model.num_layers
+    A selector that answers one budget is asked for each of `budgets`, and has no order."""
     noted = Noted(books)
+    given = settings_for(method, seed)
+    sets: dict[str, list[int]] = {}
+    order = None
     begun = time.perf_counter()
     with metered(model) as meter:
-        if method in SELECTORS:
-            found = SELECTORS[method](model, noted, **settings_for(method, seed=seed))
-            select = found.select
-        else: select = lambda k: PATTERNS[method](count, k)          # noqa: E731
-        sets = [list(select(k).layers) for k in range(count + 1)]
-    seconds = time.perf_counter() - begun
-    # an order only if the sets follow it
-    order = list(getattr(found, "order", ())) if method in SELECTORS else []
-    if any(sorted(order[:k]) != kept for k, kept in enumerate(sets)): order = []
-    return {"order": order or None, "sets": sets, "seconds": round(seconds, 3),
+        if find_selector(method).one_budget:
+            for k in budgets:
+                found = rank(model, noted, method, budget=k, **given)
+                sets[str(k)] = list(found.select(k).layers)
+        else:
+            found = rank(model, noted, method, **given)
+            order = list(found.order)
+            for k in range(model.num_layers + 1): sets[str(k)] = list(found.select(k).layers)
+    return {"order": order, "sets": sets, "seconds": round(time.perf_counter() - begun, 3),
             "tokens": round(meter.tokens), "passes": round(meter.books, 3), "seen": noted.seen}
+

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, math, statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from torch import nn
@@ -31,9 +32,9 @@ from ..store import EventLog, write_aside
 from ..train.distill import distill
 
 # %% auto #0
-__all__ = ['Books', 'Repair', 'Say', 'UNITS', 'ask_all', 'measured', 'kept_at', 'tables', 'related', 'compare_selections',
-           'closely', 'Aligned', 'read_aligned', 'compare_run', 'write_selections', 'page_sections',
-           'write_selections_page']
+__all__ = ['Books', 'Repair', 'Say', 'UNITS', 'ask_all', 'measure_repaired', 'measured', 'kept_at', 'tables', 'related',
+           'closely', 'compare_selections', 'Aligned', 'read_aligned', 'compare_run', 'write_selections',
+           'page_sections', 'write_selections_page']
 
 # %% ../../nbs/92_run.compare.ipynb #61d134f4
 Books = Callable[[int], Iterable[Mapping[str, Any]]]
@@ -48,15 +49,19 @@ def ask_all(held: HeldOut, config: CompareConfig, books: Books, say: Say) -> dic
     for method, seed in told(pairs, len(pairs), "selectors asked", say):
         say(f"{method}, seed {seed}")
         rows = books(seed)
-        facts = [method, seed, fingerprint(rows)]
-        answers[method, seed] = held.once(
-            "asked", facts, lambda m=method, s=seed, r=rows: ask(held.model, m, r, s))  # type: ignore
+        facts = [method, seed, fingerprint(rows), *config.budgets]
+        asking = partial(ask, held.model, method, rows, seed, config.budgets)
+        answers[method, seed] = held.once("asked", facts, asking)
     read = {row for found in answers.values() for row in found["seen"]}
     kept = {hash_of(ids) for batch, *_ in held.asked for ids in batch}
     if read & kept:
         raise ValueError(f"books: {len(read & kept)} of {len(kept)} held-out books were read by "
                          "selectors: give them other books")
     return answers
+
+
+def measure_repaired(held: HeldOut, repair: Repair, layers: Sequence[int]) -> Values:
+    return held.measure(repair(layers))
 
 
 def measured(
@@ -68,8 +73,8 @@ def measured(
     for layers in told(wanted, len(wanted), "sets measured", say):
         found[layers] = dict(held(layers))
         if not steps or repair is None: continue
-        after = held.once(f"distilled {steps}", list(layers),
-                          lambda k=layers: held.measure(repair(k)))         # type: ignore
+        distilled = partial(measure_repaired, held, repair, layers)
+        after = held.once(f"distilled {steps}", list(layers), distilled)
         found[layers].update({f"{name}, distilled": values for name, values in after.items()})
     return found
 
@@ -81,7 +86,7 @@ def kept_at(
     answers: Mapping[Any, Values], found: Mapping[Any, Values], known: Table, budget: int
 ) -> list[Kept]:
     "What every method keeps at a budget, with its scores, and how far it is behind the best."
-    sets = {key: tuple(answer["sets"][budget]) for key, answer in answers.items()}
+    sets = {key: tuple(answer["sets"][str(budget)]) for key, answer in answers.items()}
     best = min(sets.values(), key=lambda layers: statistics.fmean(found[layers]["kl"]))
     rows = []
     for (method, seed), layers in sets.items():
@@ -113,6 +118,26 @@ def related(held: HeldOut, config: CompareConfig, say: Say) -> tuple[tuple[float
     say(f"interactions of {count} layers")
     return interactions(table(held, [count - 2, count - 1]), count)
 
+# %% ../../nbs/92_run.compare.ipynb #b80062c7
+def closely(
+    held: HeldOut, config: CompareConfig, lead: Ranking | Values, say: Say
+) -> tuple[list[Sequence[float]], list[Confidence]]:
+    "The divergences by budget and book of one method, and how sure its sets are."
+    if isinstance(lead, Ranking):
+        method, order = lead.method, lead.order
+        sets = [lead.select(k).layers for k in range(lead.num_layers + 1)]
+    else:
+        method, order = config.methods[0], lead["order"]
+        sets = list(lead["sets"].values()) if order else []
+    curve = [held(layers)["kl"] for layers in told(sets, len(sets), "budgets measured", say)]
+    sure = []
+    for budget in told(config.budgets, len(config.budgets), "neighbours measured", say):
+        # the sets of a pattern have no neighbours in an order
+        if order is None: break
+        sure.append(confidence(lambda layers: held(layers)["kl"], method, order, budget,
+                               config.reach))
+    return curve, sure
+
 # %% ../../nbs/92_run.compare.ipynb #810c3350
 def compare_selections(
     model: MorphableModel,
@@ -136,7 +161,7 @@ def compare_selections(
     held = HeldOut(model, held_out, config.count, batch_size=config.batch_size,
                    log=None if log is None else EventLog(log))
     answers = ask_all(held, config, books, say)
-    sets = [answer["sets"][budget] for answer in answers.values() for budget in config.budgets]
+    sets = [answer["sets"][str(budget)] for answer in answers.values() for budget in config.budgets]
     found = measured(held, sets, config.steps, repair, say)
     known = tables(held, config, say)
     kept = [one for k in config.budgets for one in kept_at(answers, found, known, k)]
@@ -149,28 +174,9 @@ def compare_selections(
     shown = Selections(
         model.num_layers, asdict(config), {**(facts or {}), **about}, tuple(ranked), tuple(kept),
         tuple(summed_up(known, k) for k in config.budgets if (*range(k),) in known),
-        tuple(sure), tuple(map(mean_of, curve)), knee(curve), related(held, config, say))
+        tuple(sure), tuple(map(mean_of, curve)), knee(curve) if curve else None,
+        related(held, config, say))
     return read_selections(json.loads(json.dumps(shown.record())))
-
-
-def closely(
-    held: HeldOut, config: CompareConfig, lead: Ranking | Values, say: Say
-) -> tuple[list[Sequence[float]], list[Confidence]]:
-    "The divergences by budget and book of one method, and how sure its sets are."
-    if isinstance(lead, Ranking):
-        method, order = lead.method, lead.order
-        sets = [lead.select(k).layers for k in range(lead.num_layers + 1)]
-    else:
-        method, order = config.methods[0], lead["order"]
-        sets = lead["sets"]
-    curve = [held(layers)["kl"] for layers in told(sets, len(sets), "budgets measured", say)]
-    sure = []
-    for budget in told(config.budgets, len(config.budgets), "neighbours measured", say):
-        # the sets of a pattern have no neighbours in an order
-        if order is None: break
-        sure.append(confidence(lambda layers: held(layers)["kl"], method, order, budget,
-                               config.reach))
-    return curve, sure
 
 # %% ../../nbs/92_run.compare.ipynb #6ba4b36b
 @dataclass(frozen=True)

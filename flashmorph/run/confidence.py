@@ -46,7 +46,7 @@ def confidence(
     share = (drawn.min(1).values >= 0).double().mean().item()
     scores = {pair: mean_of(values) for pair, values in found.items()}
     best = min(scores, key=lambda pair: (scores[pair].value, pair))
-    alike = tuple(pair for pair, s in scores.items() if s.low is not None and s.low < 0 < s.high)
+    alike = tuple(pair for pair, s in scores.items() if (s.low or 0) < 0 < (s.high or 0))
     return Confidence(method, tuple(sorted(kept)), share, best, scores[best], alike)
 
 # %% ../../nbs/90_run.confidence.ipynb #c1503499

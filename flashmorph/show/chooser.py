@@ -185,7 +185,7 @@ def doubt_of(texts: Sequence[str], choice: Choice) -> str:
 
 # %% ../../nbs/75_show.chooser.ipynb #76100452
 def confidence_of(folder: Any, ranking: Ranking) -> list[str]:
-    "How sure each set of a ranking is, by budget, if a comparison in the run says so; else nothing."
+    "How sure the set of each budget is, if a comparison in the run says so; else nothing."
     file = None if folder is None else Path(folder) / "selections.json"
     if file is None or not file.is_file(): return []
     shown = read_selections(read_json(file, "a comparison of selections"))

@@ -64,8 +64,8 @@ def sets_of(shown: Selections) -> list[dict[str, Any]]:
 class SelectionCompare(Widget):
     """Methods by layers at a budget to drag: who keeps what, and how much they share.
 
-    `methods` as for `method_sets`; a sequence of `Selection`s works too, and so do a comparison, its
-    JSON file, and the run with that file. `num_layers` is needed if all methods are functions.
+    `methods` as for `method_sets`; a sequence of `Selection`s works too, and so do `Selections`,
+    their JSON file, and a run with that file. `num_layers` is needed if all methods are functions.
     Raises `ValueError` for none, and for methods of different models."""
     _esm = script("compare.js")
     num_layers = T.Int(0).tag(sync=True)

@@ -244,10 +244,9 @@ class BudgetExplorer(Counted, Measured, Committed):
     """Drag the budget, look at the set, its costs and its recall, pin layers by hand, commit.
 
     `run`: a `GateRun`, another `Ranking`, or a run folder (where the selection is saved, unless
-    `folder` says otherwise). `model`: the morphable model, for the hybrid, and with `books` for
-    recall (the first `count` rows are read). `config`: what costs are counted from, if there is no
-    model. `compare`: other methods by name, see `method_sets`. `full`, `linear`: pinned layers.
-    Raises `ValueError` or `TypeError` if these do not fit each other."""
+    `folder` says otherwise). `model`: the morphable model, for the hybrid, and with `count` of the
+    `books` for recall. `config`: for costs without a model. `compare`: methods, as `method_sets`.
+    `full`, `linear`: pinned layers. Raises `ValueError` or `TypeError` for what does not fit."""
     _esm = script("choice.js", "explorer_state.js", "explorer_chart.js", "explorer_costs.js",
                   "explorer_recall.js", "explorer.js")
     buttons = ("commit", "measure", "stop")

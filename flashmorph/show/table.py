@@ -250,16 +250,17 @@ def chosen_rows(shown: Selections, budget: int) -> list[tuple[str, ...]]:
 
 def taken_rows(shown: Selections) -> list[tuple[str, ...]]:
     "What asking each method took, the mean of its seeds, and the tau between its seeds."
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for method in shown.methods:
         asked = [one for one in shown.ranked if one.method == method]
         orders = [one.order for one in asked if one.order is not None]
         taus = [kendall(a, b) for a, b in itertools.combinations(orders, 2)]
-        means = [statistics.fmean(getattr(one, name) for one in asked)
-                 for name in ("seconds", "tokens", "passes")]
+        seconds = statistics.fmean(one.seconds for one in asked)
+        tokens = statistics.fmean(one.tokens for one in asked)
+        passes = statistics.fmean(one.passes for one in asked)
         tau = rounded(statistics.fmean(taus), 2) if taus else NONE
-        rows.append((method, duration(means[0]), amount(means[1], "count"),
-                     amount(means[2], "count"), tau))
+        rows.append((method, duration(seconds), amount(tokens, "count"),
+                     amount(passes, "count"), tau))
     return rows
 
 # %% ../../nbs/78_show.table.ipynb #2b1d83b5
