@@ -218,9 +218,8 @@ class _Generator:
         "As the host prepares them. The names are here because `generate` looks for them."
         named = {"past_key_values": past_key_values, "cache": cache}
         kwargs |= {name: x for name, x in named.items() if x is not None}
-        prepare = self.host.prepare_inputs_for_generation
-        return prepare(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
-                       **kwargs)
+        return self.host.prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 # %% ../../nbs/34_model.hybrid.ipynb #80d4367a
 def _random_host(config: HybridConfig) -> PreTrainedModel:
