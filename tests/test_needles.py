@@ -17,7 +17,7 @@ import flashmorph as fm
 from flashmorph.data.batches import stack
 from flashmorph.data.needles import Needles, NeedlesConfig, needles
 from flashmorph.data.text import encode
-from flashmorph.longtasks import NEEDLE_TASKS, NIAH, TooShort, score
+from flashmorph.longtasks import NEEDLE_TASKS, NIAH, WORDING, TooShort, score
 from flashmorph.measure.evaluate import evaluate_recall
 from flashmorph.measure.ruler import generated, read_ruler, ruler
 from flashmorph.train.distill import NextTokenObjective
@@ -380,3 +380,27 @@ def test_needles_beside_passkeys():
     objective = NextTokenObjective(teacher)
     torch.testing.assert_close(objective(batch)[0].detach(), torch.cat(losses).mean())
     fm.finetune(teacher, rows, steps=1, batch_size=8, progress=False)
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_multiquery", "vt", "cwe", "fwe", "qa_1"])
+def test_prompts_in_a_chat_template(task):
+    """The message is the plain prompt, without its prefix; the prefix begins the answer.
+
+    transformers renders the template; length, mask and the right answer stay what they were."""
+    tokenizer = other_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}[model]{% endif %}")
+    sample = first(tokenizer, task, 4096, chat=True, source="stories")
+    text = tokenizer.decode(sample.prompt)
+    message = text.removeprefix("[user] ").partition("\n[model]")
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message[0]}], tokenize=False, add_generation_prompt=True)
+    kind = "niah_one" if task == "niah_single_2" else task.partition("_")[0]
+    assert text == rendered + message[2] and message[0][-40:] not in message[2]
+    opening = re.split(r"[{]", WORDING[kind].opening)[0]
+    assert message[0].startswith(opening[:30])
+    assert message[2].startswith(WORDING[kind].prefix[:12])
+    assert len(sample.prompt) + sample.room <= 4096
+    assert score(task, solve(text), sample.references) == 1.0
+    streams = [needles(tokenizer, task=task, length=4096, chat=chat) for chat in (False, True)]
+    assert len({stream.fingerprint() for stream in streams}) == 2

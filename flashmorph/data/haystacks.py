@@ -14,31 +14,19 @@ import torch
 from .passkeys import encode_piece, nearest_end
 from .sources import Documents
 from .stories import StoryDocuments, state_value
-from .text import SentenceEnds, check_tokenizer, encode
+from .text import (
+    SentenceEnds, chat_ends, check_tokenizer, encode, first_tokens, padding)
 from ..longtasks import NOISE, WORDING, answer_pieces
 
 # %% auto #0
-__all__ = ['KEPT', 'DEPTHS', 'COMMON', 'anchor_of', 'first_tokens', 'padding', 'Pieces', 'Haystack', 'last_tokens',
-           'noise_haystack', 'enough', 'Background', 'draw_gaps', 'put_in', 'list_of_words', 'Draft', 'drafted',
-           'worked', 'Maker', 'Sample']
+__all__ = ['KEPT', 'DEPTHS', 'COMMON', 'anchor_of', 'Pieces', 'Haystack', 'last_tokens', 'noise_haystack', 'enough', 'Background',
+           'draw_gaps', 'put_in', 'list_of_words', 'Draft', 'drafted', 'worked', 'Maker', 'Sample']
 
 # %% ../../nbs/27_data.haystacks.ipynb #860c6116
 def anchor_of(piece: str) -> str:
     "What stands before `piece` in a prompt: a full stop, a word, or the end of a line."
     if piece.startswith(" "): return "."
     return "\n" if piece[:1].isalnum() else "a"
-
-
-def first_tokens(tokenizer: Any) -> list[int]:
-    "What the tokenizer itself puts before a text: its beginning-of-text token, or nothing."
-    bos = tokenizer.bos_token_id
-    return [bos] if tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else []
-
-# %% ../../nbs/27_data.haystacks.ipynb #8815c0b2
-def padding(tokenizer: Any) -> int:
-    "The id of padding: the padding token, the end-of-text token, or 0."
-    ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos")]
-    return next((one for one in ids if one is not None), 0)
 
 # %% ../../nbs/27_data.haystacks.ipynb #caf5f306
 KEPT = 2**14      # pieces that are kept
@@ -47,12 +35,14 @@ KEPT = 2**14      # pieces that are kept
 class Pieces:
     """Pieces of a text as ids of one tokenizer, each as it stands behind other text.
 
-    Raises `TypeError` for what is no tokenizer."""
-    def __init__(self, tokenizer: Any):
+    With `chat`, prompts are messages of a user: `bos` is what the template puts before a message,
+    `after` what comes behind. Raises `TypeError` for what is no tokenizer."""
+    def __init__(self, tokenizer: Any, chat: bool = False):
         check_tokenizer(tokenizer, "bos_token_id", "eos_token_id", "decode")
         self.tokenizer = tokenizer
-        self.bos = first_tokens(tokenizer)
+        self.bos, self.after = chat_ends(tokenizer) if chat else (first_tokens(tokenizer), [])
         self.pad = padding(tokenizer)
+        self.plain: Pieces = Pieces(tokenizer) if chat else self
         self.known: dict[str, list[int]] = {}
 
     def __call__(self, piece: str) -> list[int]:
@@ -249,7 +239,12 @@ def drafted(pieces: Pieces, kind: str, references: Sequence[str], least: int,
     "A draft in the wording of `kind`, whose `blanks` are filled in."
     one = kind == "niah" and len(references) == 1
     wording = WORDING["niah_one" if one else kind]
-    question = (wording.question + wording.prefix).format(**blanks)
+    # the prefix belongs to the answer, and stands behind the end of a message
+    parts = [wording.question, wording.prefix] if pieces.after else [
+        wording.question + wording.prefix]
+    texts = [part.format(**blanks) for part in parts]
+    question, *prefix = [encode_piece(pieces.tokenizer, text, anchor_of(text)) for text in texts]
+    for ids in prefix: question += pieces.after + ids
     # the answer, and which of its tokens are references
     answer, marks = list[int](), list[int]()
     for piece, number in answer_pieces(kind, references):
@@ -258,8 +253,8 @@ def drafted(pieces: Pieces, kind: str, references: Sequence[str], least: int,
         marks += [number] * len(ids)
     opening = wording.opening.format(**blanks)
     return Draft(encode(pieces.tokenizer, opening), pieces(opening),
-                 encode_piece(pieces.tokenizer, question, anchor_of(question)), answer, marks,
-                 tuple(references), max(wording.room, len(answer)), least, fill)
+                 question, answer, marks, tuple(references), max(wording.room, len(answer)), least,
+                 fill)
 
 # %% ../../nbs/27_data.haystacks.ipynb #7cfaaf49
 def worked(draft: Draft, count: int) -> list[int]:

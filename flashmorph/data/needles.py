@@ -129,8 +129,7 @@ def draw_frequent(maker: Maker, rng: random.Random) -> Draft:
         rng.shuffle(drawn)
         return list(chain.from_iterable(units[n] for n in drawn)), []
 
-    few = zeta_counts(60, len(sizes))
-    least = sum(size * times for size, times in zip(sizes, few))
+    least = sum(size * times for size, times in zip(sizes, zeta_counts(60, len(sizes))))
     return drafted(maker.pieces, "fwe", list(coded)[:3], least, fill)
 
 # %% ../../nbs/28_data.needles.ipynb #c13d5320
@@ -170,12 +169,13 @@ class NeedlesConfig(SourceConfig):
     """Settings of `needles`: prompts of a `task`, of `length` tokens with the room for an answer.
 
     `generate` tokens are kept free for the answer (None: as many as in RULER), or as many as the
-    right answer has. `questions` is a file of questions for `qa_1` and `qa_2`."""
+    right answer has. `questions` is a file for `qa_1` and `qa_2`; `chat` uses the chat template."""
     table: ClassVar[str] = "needles"
     task: str = "niah_single_1"
     length: int = setting(4096, low=2, high=MOST)
     generate: int | None = setting(None, low=0, high=MOST)
     questions: str | None = None
+    chat: bool = False
 
     def check(self) -> None:
         super().check()
@@ -189,13 +189,13 @@ TRIES = 32
 
 def draw_example(maker: Maker, rng: random.Random) -> list[int]:
     "A solved example as RULER puts it before `vt` and `cwe`; nothing for other tasks."
+    maker = replace(maker, pieces=maker.pieces.plain)       # one message holds both
     if maker.task == "vt":
         draft = draw_chain(maker, rng, letters=3)
         wanted = min(500, maker.length // 4) - draft.shortest + draft.room
         return worked(draft, draft.least + max(wanted, 0)) + maker.pieces("\n\n")
     if maker.task != "cwe": return []
-    draft = draw_common(maker, rng, example=True)
-    return worked(draft, 2**16) + maker.pieces("\n")
+    return worked(draw_common(maker, rng, example=True), 2**16) + maker.pieces("\n")
 
 # %% ../../nbs/28_data.needles.ipynb #e9080ab7
 class PromptWriter:
@@ -247,7 +247,7 @@ class Needles:
     def __init__(self, tokenizer: Any, config: NeedlesConfig, *, seed: int = 0,
                  held_out: bool | None = False):
         self.config = config
-        pieces = Pieces(tokenizer)
+        pieces = Pieces(tokenizer, config.chat)
         task = config.task
         # only what the task reads is opened
         self.background = None
@@ -262,8 +262,7 @@ class Needles:
     def shortest(self) -> int: return self.write.shortest
 
     def state_dict(self) -> dict[str, Any]:
-        text = self.background and self.background.state_dict()
-        return {"index": self.index, "text": text}
+        return {"index": self.index, "text": self.background and self.background.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         index = state_value(state, "index")
@@ -273,10 +272,11 @@ class Needles:
     def fingerprint(self) -> str:
         "A short hash of what the rows depend on."
         maker = self.write.maker
+        known = tokenizer_fingerprint(maker.pieces.tokenizer), maker.questions
         text = self.background and self.background.docs.fingerprint()
-        tokenizer = tokenizer_fingerprint(maker.pieces.tokenizer)
-        settings = [maker.task, maker.length, self.write.generate, self.write.seed]
-        return digest(settings, text, tokenizer, maker.questions)
+        settings: list[Any] = [maker.task, maker.length, self.write.generate, self.write.seed]
+        if self.config.chat: settings += [maker.pieces.bos, maker.pieces.after]
+        return digest(settings, text, *known)
 
     def samples(self) -> Iterator[Sample]:
         "Prompts with their references; rows and samples share one position."

@@ -17,8 +17,8 @@ from ..settings import setting
 
 # %% auto #0
 __all__ = ['MOST', 'END_MARKS', 'CLOSERS', 'SENTENCE', 'PART', 'CHANGED', 'SAMPLE', 'TextConfig', 'check_tokenizer', 'encode',
-           'ends_sentence', 'sentence_ends', 'SentenceEnds', 'token_documents', 'read_position', 'TokenBlocks',
-           'tokenizer_fingerprint', 'text']
+           'first_tokens', 'padding', 'chat_ends', 'ends_sentence', 'sentence_ends', 'SentenceEnds', 'token_documents',
+           'read_position', 'TokenBlocks', 'tokenizer_fingerprint', 'text']
 
 # %% ../../nbs/23_data.text.ipynb #2d13e2a1
 MOST = 2**24      # no row has more tokens, and no count is larger
@@ -44,6 +44,31 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     try: return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as e:
         raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {first_line(e)}") from e
+
+# %% ../../nbs/23_data.text.ipynb #0fed4420
+def first_tokens(tokenizer: Any) -> list[int]:
+    "What the tokenizer itself puts before a text: its beginning-of-text token, or nothing."
+    bos = tokenizer.bos_token_id
+    return [bos] if tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else []
+
+
+def padding(tokenizer: Any) -> int:
+    "The id of padding: the padding token, the end-of-text token, or 0."
+    ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos")]
+    return next((one for one in ids if one is not None), 0)
+
+# %% ../../nbs/23_data.text.ipynb #86be56a9
+def chat_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the chat template puts before and behind a user's message.
+
+    Raises `ValueError` if the tokenizer has no template, or one that changes the message."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat: the tokenizer has no chat template; leave chat out, or set one")
+    message = [{"role": "user", "content": "The message."}]
+    shown = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, found, after = shown.partition("The message.")
+    if not found: raise ValueError("chat: the template does not show the message as it is")
+    return encode(tokenizer, before), encode(tokenizer, after)
 
 # %% ../../nbs/23_data.text.ipynb #e6552dc2
 END_MARKS = ".!?…。．！？｡।॥؟۔։።፧។៕။…"

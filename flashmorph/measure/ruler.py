@@ -172,7 +172,8 @@ class RulerConfig(SourceConfig):
 
     Answers are scored when generated (`generate`) and under teacher forcing (`force`), in batches
     of `batch_size`. `beyond` allows lengths beyond the positions of the model. `questions` is a
-    file for `qa_1` and `qa_2`; where text for haystacks comes from is set as for `documents`."""
+    file for `qa_1` and `qa_2`; `chat` puts prompts into the chat template. Where text for haystacks
+    comes from is set as for `documents`."""
     table: ClassVar[str] = "ruler"
     tasks: tuple[str, ...] = NEEDLE_TASKS
     lengths: tuple[int, ...] = setting((512, 1024), low=2, high=MOST)
@@ -182,6 +183,7 @@ class RulerConfig(SourceConfig):
     force: bool = True
     beyond: bool = False
     questions: str | None = None
+    chat: bool = False
 
     def check(self) -> None:
         super().check()
@@ -195,7 +197,7 @@ class RulerConfig(SourceConfig):
 def open_prompts(tokenizer: Any, config: RulerConfig, task: str, length: int,
                  seed: int) -> Needles | TooShort:
     "Held-out prompts of a task, or the error of a length too short for the task."
-    keys = [*SourceConfig.setting_names(), "questions"]
+    keys = [*SourceConfig.setting_names(), "questions", "chat"]
     settings = {key: getattr(config, key) for key in keys}
     try: return needles(tokenizer, task=task, length=length, seed=seed, held_out=True, **settings)
     except TooShort as error: return error
@@ -231,6 +233,7 @@ def facts_of(model: Any, config: RulerConfig, seed: int) -> dict[str, Any]:
     "What a table depends on: the kind of model, its full layers, and the prompts."
     facts = {"model": type(model).__name__, "samples": config.samples, "seed": seed,
              "source": config.source, "questions": config.questions}
+    if config.chat: facts["chat"] = True
     layers = getattr(model.config, "full_layers", None)
     return facts if layers is None else {**facts, "full_layers": list(layers)}
 
