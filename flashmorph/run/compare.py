@@ -217,7 +217,7 @@ def read_aligned(folder: str | Path) -> Aligned:
 def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings: Any) -> Selections:
     """Selectors side by side on the trained branches of a run; see `compare_selections`.
 
-    How sure a set is and where the knee is are measured for the run's own gates, if there are any.
+    How sure a set is and where the knee is are measured for the run's own order, if there is one.
     Writes `selections.json` into the run, every measurement into its `compare.jsonl`, and the
     report anew. Raises `ValueError` for a folder that is no run or has no branches, for unknown
     methods and for budgets outside of the model, before anything is measured."""
@@ -229,7 +229,11 @@ def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings:
     held_out, _ = held_out_rows(materials.tokenizer, recipe.evaluate, HELD_OUT)
     facts = {"teacher": recipe.teacher, "length": recipe.evaluate.length,
              "budget of the run": materials.budget}
-    own = GateRun.load(run).ranking if run.path("gates.json").exists() else None
+    own = None
+    if run.path("gates.json").exists(): own = GateRun.load(run).ranking
+    elif run.path("ranking.json").exists(): own = Ranking.load(run.path("ranking.json"))
+    # an order that was searched for one budget has no other sets
+    if own is not None and own.budget is not None: own = None
     with run.lock():
         shown = compare_selections(
             aligned.model, lambda seed: materials.books(recipe.seed + seed), held_out, config,
