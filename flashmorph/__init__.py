@@ -19,7 +19,7 @@ from flashmorph.measure.harness import lm_eval
 from flashmorph.measure.plan import plan
 from flashmorph.measure.ruler import ruler
 from flashmorph.model.hybrid import HybridConfig, HybridForCausalLM
-from flashmorph.model.layout import lay_out
+from flashmorph.measure.pace import lay_out
 from flashmorph.model.mixers import Mixer, mixer_names, register_mixer
 from flashmorph.model.morph import MorphableModel, morph
 from flashmorph.model.teacher import load_model, load_teacher

@@ -13,7 +13,7 @@ from small import PROGRAM
 from transformers import AutoModelForCausalLM
 
 from flashmorph.model.hybrid import HybridForCausalLM
-from flashmorph.model.layout import lay_out
+from flashmorph.measure.pace import lay_out
 from flashmorph.model.morph import commit, morph
 from flashmorph.model.teacher import load_teacher
 from flashmorph.serve import export as chapter

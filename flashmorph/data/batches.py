@@ -12,7 +12,8 @@ from torch import Tensor
 from .mixture import with_masks
 
 # %% auto #0
-__all__ = ['ROW', 'as_tensors', 'stack_key', 'stack', 'real_tokens', 'check_ids', 'check_tokens', 'rows_of', 'restart', 'Batches']
+__all__ = ['ROW', 'as_tensors', 'stack_key', 'stack', 'real_tokens', 'first_rows', 'check_ids', 'check_tokens', 'rows_of',
+           'restart', 'Batches']
 
 # %% ../../nbs/26_data.batches.ipynb #ef00fe4b
 ROW = "a row is a dict of tensors, for example {'input_ids': (T,), 'attention_mask': (T,)}"
@@ -54,6 +55,20 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     mask = batch.get("attention_mask")
     if mask is None: return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return mask.bool()
+
+# %% ../../nbs/26_data.batches.ipynb #e0e6b9ac
+def first_rows(
+    batches: Iterator[dict[str, Tensor]], tokens: int
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    "The first batches that hold `tokens` tokens; and those with rows as the first has, as one."
+    taken: list[dict[str, Tensor]] = []
+    for batch in batches:
+        taken.append(batch)
+        if sum(one["input_ids"].numel() for one in taken) >= tokens: break
+    def shapes(batch): return {name: x.shape[1:] for name, x in batch.items()}
+    alike = [batch for batch in taken if shapes(batch) == shapes(taken[0])]
+    def together(name): return torch.cat([batch[name] for batch in alike])
+    return taken, {name: together(name) for name in taken[0]}
 
 # %% ../../nbs/26_data.batches.ipynb #b1f0e267
 def check_ids(ids: Tensor, vocab_size: int, least: int = 1) -> None:

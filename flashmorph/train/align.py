@@ -86,11 +86,11 @@ class AlignObjective(Objective):
     """Mean over layers of the distance between linear and full branch.
 
     Both branches see the teacher's own hidden states. With `start_tokens` the training begins
-    with `least_squares`. `steps_by` is `"muon"` or `"adamw"`. Raises `TypeError` unless the model
-    has both branches."""
+    with `least_squares`, which also picks decays. `steps_by` is `"muon"` or `"adamw"`. Raises
+    `TypeError` unless the model has both branches."""
     def __init__(
         self, model: MorphableModel, relative: bool = True, start_tokens: int = 0,
-        steps_by: str = "adamw",
+        steps_by: str = "adamw", pick_decays: bool = True,
     ):
         super().__init__()
         if steps_by not in RATES:
@@ -100,6 +100,7 @@ class AlignObjective(Objective):
         self.model, self.relative = model, relative
         self.start_tokens = start_tokens
         self.steps_by = steps_by
+        self.pick_decays = pick_decays
         model.requires_grad_(False)
         for layer in model.layers: layer.linear.requires_grad_(True)
 
@@ -110,7 +111,8 @@ class AlignObjective(Objective):
 
     def begin(self, batches: Iterator[dict[str, Tensor]], total: Total) -> dict[str, Any] | None:
         if not self.start_tokens: return None
-        found = least_squares(self.model, batches, self.start_tokens, total)
+        found = least_squares(self.model, batches, self.start_tokens, total,
+                              self.pick_decays)
         return {"loss": sum(found["layers"]) / len(found["layers"]), **found}
 
     def optimizer(
@@ -136,7 +138,8 @@ class AlignConfig(FitConfig):
     """Settings of stage 1: those of `FitConfig`, the start, the optimizer, and the loss.
 
     `start` is `"least-squares"` (see the chapter before; from `start_tokens` tokens, which come
-    before those of the steps) or `"copy"`: the teacher's projections as they are. `optimizer` is
+    before those of the steps) or `"copy"`: the teacher's projections as they are. `pick_decays`:
+    the start also chooses how fast heads forget, if the mixer has decays to set. `optimizer` is
     `"muon"` (`MuonAdamW`) or `"adamw"`. Without `lr` the rate is 2e-2 for Muon and 1e-3 for AdamW,
     and less for fewer than ten steps; without `warmup` a tenth of the steps are warm-up, 50 at
     most. `relative`: errors are divided by the energy of their target.
@@ -150,6 +153,7 @@ class AlignConfig(FitConfig):
     warmup: int | None = setting(None, low=0, high=MOST)  # type: ignore[assignment]
     start: str = setting("least-squares", choices=("least-squares", "copy"))
     start_tokens: int = setting(4_000, low=1, high=MOST)
+    pick_decays: bool = True
     optimizer: str = setting("muon", choices=tuple(RATES))
     relative: bool = True
 
@@ -194,7 +198,8 @@ def align(
     config, run = stage_settings(AlignConfig, config, settings, run)
     with flags_kept(model):
         tokens = config.start_tokens if config.start == "least-squares" else 0
-        objective = AlignObjective(model, config.relative, tokens, config.optimizer)
+        objective = AlignObjective(model, config.relative, tokens, config.optimizer,
+                                   config.pick_decays)
         known = {"mixer": model.mixer, **(facts or {})}
         return fit(objective, data, config, stage=stage, run=run, resume=resume,
                    callbacks=callbacks, progress=progress, facts=known)

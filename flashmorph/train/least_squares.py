@@ -4,21 +4,24 @@
 
 # %% ../../nbs/45_train.least_squares.ipynb #deb5a0d4
 from __future__ import annotations
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from ..data.batches import real_tokens
+from ..data.batches import first_rows, real_tokens
 from ..model.branches import MorphLayer, after_each
 from ..model.layers import LinearAttention
 from ..model.morph import MorphableModel, full_pass
 from .objective import Total
 
 # %% auto #0
-__all__ = ['RIDGES', 'HELD_OUT', 'Moments', 'added', 'best_multiple', 'ridge_solution', 'best_ridge', 'linear_layers', 'Traced',
-           'run_traced', 'with_one', 'weight_of', 'assign', 'Gatherer', 'gather', 'least_squares']
+__all__ = ['RIDGES', 'DECAYS', 'CLEARLY', 'HELD_OUT', 'PICK_TOKENS', 'Moments', 'added', 'best_multiple', 'ridge_solution',
+           'best_ridge', 'linear_layers', 'Traced', 'run_traced', 'with_one', 'weight_of', 'assign', 'head_errors',
+           'decay_errors', 'best_decays', 'pick_decays', 'Gatherer', 'gather', 'least_squares']
 
 # %% ../../nbs/45_train.least_squares.ipynb #fbaf7e74
 class Moments:
@@ -95,8 +98,8 @@ class Traced:
     inputs: Tensor
 
 
-def run_traced(branch: LinearAttention, args: tuple, kwargs: dict[str, Any]) -> Traced:
-    """Run a branch and find its output projection.
+def run_traced(branch: Any, args: tuple, kwargs: dict[str, Any]) -> Traced:
+    """Run a branch, linear or full, and find its output projection.
 
     Raises `ValueError` if the output is not that of a linear layer as it is."""
     calls: list[tuple[nn.Module, Any, Any]] = []
@@ -104,7 +107,8 @@ def run_traced(branch: LinearAttention, args: tuple, kwargs: dict[str, Any]) -> 
     def keep(module: nn.Module, given: tuple, output: Any) -> None:
         calls.append((module, given[0] if given else None, output))
 
-    hooked = [*linear_layers(branch.attn), branch.attn]
+    attn = branch.attn if isinstance(branch, LinearAttention) else branch
+    hooked = [*linear_layers(attn), attn]
     handles = [m.register_forward_hook(keep) for m in hooked]
     try: branch(*args, **kwargs)
     finally:
@@ -139,6 +143,79 @@ def assign(projection: Any, solution: Tensor) -> None:
         projection.bias.copy_(solution[:, -1])
     projection.weight.copy_(weight.T if isinstance(projection, Conv1D) else weight)
 
+# %% ../../nbs/45_train.least_squares.ipynb #24d6a63a
+def head_errors(inputs: Tensor, targets: Tensor) -> Tensor:
+    """What linear maps of the heads of `inputs` `(N, H, D)` leave of `targets` `(N, H, E)`.
+
+    Each head has a map of its own. Returns squared errors `(H,)`, summed over tokens held out."""
+    x, y = (z.float().transpose(0, 1) for z in (inputs, targets))
+    third = torch.arange(x.shape[1], device=x.device) * 3 // x.shape[1]
+    left = x.new_zeros(len(x))
+    for part in range(3):
+        held = third == part
+        known = x[:, ~held]
+        gram = known.mT @ known
+        strength = 0.03 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        gram.diagonal(dim1=1, dim2=2).add_(strength[:, None])
+        maps = torch.linalg.solve(gram, known.mT @ y[:, ~held])
+        left += (x[:, held] @ maps - y[:, held]).square().sum((1, 2))
+    return left
+
+# %% ../../nbs/45_train.least_squares.ipynb #5e4fe41b
+DECAYS = (1.0, 0.5, 0.25, 0.12, 0.06, 0.02, 0.005)          # in nats a token
+
+def decay_errors(layer: MorphLayer, args: tuple, kwargs: dict, where: Tensor) -> Tensor:
+    "Errors `(1 + 7, H)` of the heads of a layer, with its decays as they are and with `DECAYS`."
+    mixer = layer.linear.mixer
+    heads = mixer.dims.num_heads
+    given = {name: x for name, x in kwargs.items() if name != "linear_mask"}
+    targets = run_traced(layer.full, args, given).inputs[where]
+    if targets.shape[-1] % heads: return targets.new_zeros(1, heads)      # nothing to compare
+    before = copy.deepcopy(mixer.state_dict())
+    errors = []
+    try:
+        for decay in (None, *DECAYS):
+            if decay: mixer.set_decays(torch.full((heads,), decay, device=targets.device))
+            inputs = run_traced(layer.linear, args, kwargs).inputs[where]
+            errors.append(head_errors(*(x.unflatten(-1, (heads, -1)) for x in (inputs, targets))))
+    finally: mixer.load_state_dict(before)
+    return torch.stack(errors)
+
+# %% ../../nbs/45_train.least_squares.ipynb #064c0368
+CLEARLY = 0.95
+
+
+def best_decays(errors: Tensor) -> list[float] | None:
+    "The decays of H heads by the errors of `decay_errors`; None: as they are."
+    best = int(errors.sum(1).argmin())
+    if not best: return None
+    own = errors[1:].min(0)
+    chosen = torch.where(own.values < CLEARLY * errors[best], own.indices, best - 1)
+    return [DECAYS[i] for i in chosen.tolist()]
+
+# %% ../../nbs/45_train.least_squares.ipynb #0ad86048
+def pick_decays(
+    model: MorphableModel, batch: dict[str, Tensor], total: Total = lambda x: x
+) -> list[list[float] | None]:
+    """Give the heads of each layer whose mixer `takes_decays` the decays that they do best with.
+
+    Returns the decays of the L layers, None where a layer keeps what it had. Raises `ValueError` as
+    `run_traced`; nothing is changed then."""
+    where = real_tokens(batch)
+    errors: dict[int, Tensor] = {}
+
+    def compare(layer: MorphLayer, args: tuple, kwargs: dict, output: tuple) -> None:
+        if layer.linear.mixer.takes_decays:
+            errors[layer.layer_idx] = decay_errors(layer, args, kwargs, where)
+
+    with torch.no_grad(), after_each(model.layers, compare), full_pass(model):
+        model.hidden(batch["input_ids"], batch.get("attention_mask"))
+    picked: list[list[float] | None] = [None] * model.num_layers
+    for index, tried in errors.items():
+        decays = picked[index] = best_decays(total(tried))
+        if decays: model.layers[index].linear.mixer.set_decays(tried.new_tensor(decays))
+    return picked
+
 # %% ../../nbs/45_train.least_squares.ipynb #07046eaa
 class Gatherer:
     "The moments of every layer's output projection: of tokens to fit, and of tokens held out."
@@ -166,7 +243,7 @@ class Gatherer:
 
 # %% ../../nbs/45_train.least_squares.ipynb #f31b0bc2
 HELD_OUT = 6
-
+PICK_TOKENS = 4_096
 
 def gather(
     model: MorphableModel, batches: Iterator[dict[str, Tensor]], tokens: int, total: Total
@@ -185,22 +262,28 @@ def gather(
             moments.xx, moments.xy, moments.yy = [total(x) for x in moments.tensors()]
     return gatherer
 
-
+# %% ../../nbs/45_train.least_squares.ipynb #61ae1bf2
 @torch.no_grad()
 def least_squares(
     model: MorphableModel,
     batches: Iterator[dict[str, Tensor]],  # on the device of the model
     tokens: int = 4_000,
     total: Total = lambda x: x,  # sums a tensor over all processes
-) -> dict[str, list[float]]:  # lists over L layers
+    decays: bool = True,  # also choose how fast each layer forgets, where its mixer takes that
+) -> dict[str, list[Any]]:  # lists over L layers
     """Solve for the output projection of every linear branch, from about `tokens` tokens.
 
     The weights stay near the best multiple of those there, as near as each layer's ridge asks.
-    Returns `layers`, the relative errors on batches held out, and the `ridges`. The moments take
-    `32 D^2` bytes of a CPU's memory for each layer whose projection is `(D, D)`.
+    Returns `layers`, the relative errors on batches held out, the `ridges`, and the `decays` if any
+    were chosen, from the first tokens; None is what a layer had. The moments take `32 D^2` bytes of
+    a CPU's memory for each layer whose projection is `(D, D)`.
     Raises `ValueError` if a branch does not end in a linear layer; nothing is changed then."""
+    found: dict[str, list[Any]] = {"layers": [], "ridges": []}
+    if decays and any(layer.linear.mixer.takes_decays for layer in model.layers):
+        first, rows = first_rows(batches, min(tokens, PICK_TOKENS))
+        found["decays"] = pick_decays(model, rows, total)
+        batches = chain(first, batches)
     gatherer = gather(model, batches, tokens, total)
-    layers, ridges = [], []
     for index, projection in gatherer.projections.items():
         fitted, held = gatherer.moments[index]
         every = added(fitted, held)
@@ -208,6 +291,6 @@ def least_squares(
         ridge, error = best_ridge(fitted, held, best_multiple(fitted, start))
         # all tokens for the weights that stay
         assign(projection, ridge_solution(every, ridge, best_multiple(every, start)))
-        layers.append(round(error, 6))
-        ridges.append(ridge)
-    return {"layers": layers, "ridges": ridges}
+        found["layers"].append(round(error, 6))
+        found["ridges"].append(ridge)
+    return found
