@@ -40,6 +40,7 @@ class Mixer(nn.Module):
     rope = True                                # False: the layer rotates no queries and keys
     expand_kv = False                          # True: a key and a value head for each query head
     takes_decays = False                       # True: `set_decays` sets how fast heads forget
+    norm_per_head = True                       # False: a norm runs over all heads
 
     def __init__(self, dims: MixerDims):
         super().__init__()
@@ -171,8 +172,6 @@ def make_mixer(spec: str, dims: MixerDims) -> Mixer:
 # %% ../../nbs/30_model.mixers.ipynb #f0b1453f
 class StateMixer(Mixer):
     "What `lightning`, `gla` and `gdn` have in common; a subclass has its own `mix`."
-    norm_per_head = True
-
     def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
                  expand_kv: bool = False):
         super().__init__(dims)

@@ -165,7 +165,9 @@ def head_errors(inputs: Tensor, targets: Tensor) -> Tensor:
 DECAYS = (1.0, 0.5, 0.25, 0.12, 0.06, 0.02, 0.005)          # in nats a token
 
 def decay_errors(layer: MorphLayer, args: tuple, kwargs: dict, where: Tensor) -> Tensor:
-    "Errors `(1 + 7, H)` of the heads of a layer, with its decays as they are and with `DECAYS`."
+    """Errors `(1 + 7, H)` of the heads of a layer, with its decays as they are and with `DECAYS`.
+
+    If a norm runs over all heads they are one sum, `(1 + 7, 1)`."""
     mixer = layer.linear.mixer
     heads = mixer.dims.num_heads
     given = {name: x for name, x in kwargs.items() if name != "linear_mask"}
@@ -179,14 +181,14 @@ def decay_errors(layer: MorphLayer, args: tuple, kwargs: dict, where: Tensor) ->
             inputs = run_traced(layer.linear, args, kwargs).inputs[where]
             errors.append(head_errors(*(x.unflatten(-1, (heads, -1)) for x in (inputs, targets))))
     finally: mixer.load_state_dict(before)
-    return torch.stack(errors)
+    return torch.stack(errors) if mixer.norm_per_head else torch.stack(errors).sum(1, keepdim=True)
 
 # %% ../../nbs/45_train.least_squares.ipynb #064c0368
 CLEARLY = 0.95
 
 
 def best_decays(errors: Tensor) -> list[float] | None:
-    "The decays of H heads by the errors of `decay_errors`; None: as they are."
+    "A decay for each column of `decay_errors`; None: as they are."
     best = int(errors.sum(1).argmin())
     if not best: return None
     own = errors[1:].min(0)
@@ -213,7 +215,8 @@ def pick_decays(
     picked: list[list[float] | None] = [None] * model.num_layers
     for index, tried in errors.items():
         decays = picked[index] = best_decays(total(tried))
-        if decays: model.layers[index].linear.mixer.set_decays(tried.new_tensor(decays))
+        mixer = model.layers[index].linear.mixer
+        if decays: mixer.set_decays(tried.new_tensor(decays).expand(mixer.dims.num_heads))
     return picked
 
 # %% ../../nbs/45_train.least_squares.ipynb #07046eaa
