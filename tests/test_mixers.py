@@ -7,6 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from families import close, shake, teacher, tokens
+from flashmorph.data.text import text
+from flashmorph.model.parts import lightning_log_decay
+from flashmorph.model.teacher import load_teacher
 from flashmorph.train.align import align
 from flashmorph.measure.cost import cost
 from flashmorph.choose.gates import train_gates
@@ -22,7 +25,10 @@ from flashmorph.model.mixers import (
 )
 from flashmorph.model.morph import commit, morph
 
-SPECS = ("lightning", "gla", "gdn", "lightning(conv=2)", "gdn(conv=3, rope=False)", "gdn_native")
+SPECS = (
+    "lightning", "gla", "gdn", "lightning(conv=2)", "lightning(own_decays=True)",
+    "gdn(conv=3, rope=False)", "gdn_native",
+)
 every = pytest.mark.parametrize("spec", SPECS)
 new = pytest.mark.parametrize("spec", SPECS[1:])
 GREEDY = dict(do_sample=False, eos_token_id=None)
@@ -116,7 +122,8 @@ def test_files(spec, tmp_path):
     rates = {
         n: p.clone() for n, p in h.named_parameters() if n.split(".")[-1] in ("A_log", "dt_bias")
     }
-    assert len(rates) == (6 if spec.startswith("gdn") else 0)
+    own = ["A_log"] * ("own_decays" in spec) + ["A_log", "dt_bias"] * spec.startswith("gdn")
+    assert sorted(n.split(".")[-1] for n in rates) == sorted(own * 3)
     low = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     low.save_pretrained(tmp_path / "b")
     for model in (
@@ -130,7 +137,7 @@ def test_files(spec, tmp_path):
             for n, p in model.named_parameters()
             if p.dtype == torch.float32 and not n.endswith("alpha")
         }
-        assert {n.split(".")[-1] for n in names} == ({"A_log", "dt_bias"} if rates else set())
+        assert {n.split(".")[-1] for n in names} == set(own)
         assert logits(model, ids, mask).isfinite().all()
     assert all(
         torch.equal(p, low.get_parameter(n)) and torch.equal(p, h.get_parameter(n))
@@ -150,16 +157,18 @@ def test_gradients(spec):
         for n, p in layer.linear.named_parameters()
         if p.grad is None or not p.grad.any()
     }
-    assert asleep <= {"decay_in.weight"}  # behind a zero matrix for one step
+    constants = {"A_log"} if "own_decays" in spec else set()
+    assert asleep <= {"decay_in.weight"} | constants  # behind a zero matrix for one step
     h = commit(morphed(spec), [1]).train()
     batch = dict(attention_mask=mask, labels=ids, use_cache=False)
-    plain = torch.autograd.grad(h(ids, **batch).loss, list(h.parameters()))
+    trained = [p for n, p in h.named_parameters() if n.split(".")[-1] not in constants]
+    plain = torch.autograd.grad(h(ids, **batch).loss, trained)
     h.gradient_checkpointing_enable()
-    for a, b in zip(plain, torch.autograd.grad(h(ids, **batch).loss, list(h.parameters()))):
+    for a, b in zip(plain, torch.autograd.grad(h(ids, **batch).loss, trained)):
         close(a, b)
     h.gradient_checkpointing_disable()
     compiled = torch.compile(h, backend="aot_eager", fullgraph=True)(ids, **batch).loss
-    for a, b in zip(plain, torch.autograd.grad(compiled, list(h.parameters()))):
+    for a, b in zip(plain, torch.autograd.grad(compiled, trained)):
         close(a, b, 1e-4)
     torch._dynamo.reset()
 
@@ -362,3 +371,43 @@ def test_rates_follow_the_device_but_not_the_dtype():
     )
     mixer.to_empty(device="cpu").double()
     assert mixer.A_log.dtype == torch.float64
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_decays_of_a_layer_are_chosen_kept_and_never_trained(tmp_path, optimizer):
+    teacher, tokenizer = load_teacher()
+    rows = [row for row, _ in zip(text(tokenizer, length=64), range(40))]
+    settings = {"steps": 3, "batch_size": 4, "start_tokens": 1024, "optimizer": optimizer,
+                "progress": False}
+    model = morph(teacher, "lightning(own_decays=True)")
+    result = align(model, rows, run=tmp_path / "run", **settings)
+    chosen = result.events[0]["decays"]
+    ladder = -lightning_log_decay(4)
+    for layer, decays in zip(model.layers, chosen):
+        wanted = ladder if decays is None else torch.tensor(decays).expand(4)
+        torch.testing.assert_close(layer.linear.mixer.A_log.exp(), wanted)
+    assert any(decays is not None for decays in chosen)
+
+    # what was chosen survives half precision, a folder, and decoding step by step
+    hybrid = model.commit([1, 4, 5]).eval()
+    hybrid.save_pretrained(tmp_path / "hybrid", dtype=torch.bfloat16)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", dtype=torch.float32)
+    for name, p in hybrid.named_parameters():
+        if name.endswith("A_log"): assert torch.equal(p, again.get_parameter(name))
+    ids = rows[0]["input_ids"][None]
+    with torch.no_grad():
+        whole = hybrid(ids).logits
+        cache = hybrid(ids[:, :40], use_cache=True).past_key_values
+        parts = [hybrid(ids[:, t:t + 1], past_key_values=cache).logits for t in range(40, 64)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole[:, 40:], rtol=1e-3, atol=1e-3)
+
+
+def test_decays_are_left_alone_when_told_so():
+    teacher, tokenizer = load_teacher()
+    model = morph(teacher, "gdn")
+    before = [layer.linear.mixer.dt_bias.clone() for layer in model.layers]
+    result = align(model, text(tokenizer, length=64), steps=0, start_tokens=512,
+                   pick_decays=False, progress=False)
+    assert "decays" not in result.events[0]
+    after = [layer.linear.mixer.dt_bias for layer in model.layers]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))

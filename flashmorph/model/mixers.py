@@ -218,22 +218,24 @@ class StateMixer(Mixer):
 class Lightning(StateMixer):
     "Lightning attention (arXiv 2401.04658): a constant decay per head, norm over all heads."
     norm_per_head = False
-    float32 = ("log_decay",)
+    float32 = ("A_log",)
 
     def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
                  expand_kv: bool = False, own_decays: bool = False):
         super().__init__(dims, conv=conv, rope=rope, expand_kv=expand_kv)
         self.takes_decays = own_decays
-        if own_decays: self.log_decay = nn.Parameter(lightning_log_decay(dims.num_heads))
+        if not own_decays: return
+        self.A_log = nn.Parameter(torch.empty(dims.num_heads, dtype=torch.float32))
+        self.set_decays(-lightning_log_decay(dims.num_heads))
 
     @torch.no_grad()
     def set_decays(self, decays: Tensor) -> None:
         if not self.takes_decays: super().set_decays(decays)
-        self.log_decay.copy_(-decays)
+        self.A_log.copy_(decays.log())
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
             scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_decay = self.log_decay.detach() if self.takes_decays else decays_for(q)
+        log_decay = -self.A_log.detach().exp() if self.takes_decays else decays_for(q)
         if real is not None: log_decay = torch.where(real, log_decay, 0)
         return lightning(q, k, v, log_decay, scale=scale, state=state)
 

@@ -164,8 +164,7 @@ def foreign_dtype(attn: Any, hidden: Tensor) -> torch.dtype | None:
 # %% ../../nbs/29_model.parts.ipynb #65b9deef
 def only_move(kept: list[nn.Parameter], fn: Callable[[Tensor], Tensor]) -> Callable:
     "`fn`, which moves or casts a tensor, except that `kept` and their gradients are not rounded."
-    ids = {id(p) for p in kept}
-    ids |= {id(p.grad) for p in kept if p.grad is not None}
+    ids = {id(x) for p in kept for x in (p, p.grad) if x is not None}
     def apply(x: Tensor) -> Tensor:
         new = fn(x)
         rounded = new.itemsize == 2
