@@ -29,9 +29,10 @@ WORK = DOCS / "_work"                                  # what Sphinx reads
 SITE = DOCS / "_build/html"
 API = Index(ROOT / "flashmorph")
 
-# The number of a chapter, without its last digit, is its shelf.
-SHELVES = {0: "Store and nouns", 1: "Ops", 2: "Data", 3: "Model", 4: "Training", 5: "Measuring",
-           6: "Choosing", 7: "Showing", 8: "Running", 9: "Serving"}
+# The package of a chapter's module is its shelf.
+SHELVES = {"": "Store and nouns", "ops": "Ops", "data": "Data", "model": "Model",
+           "train": "Training", "measure": "Measuring", "choose": "Choosing", "show": "Showing",
+           "run": "Running", "serve": "Serving"}
 UNFOLDED = 25                                          # lines; longer exported cells are folded
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -41,6 +42,12 @@ TAGS = {("echo:", "false"): "remove-input", ("output:", "false"): "remove-output
 NOT_NBDEVS = {"FrontmatterProc", "insert_warning", "add_show_docs", "clean_show_doc",
               "exec_show_docs", "rm_export", "mv_exports", "add_fold", "add_links"}
 SYMBOL = re.compile(r'<symbol id="([^"]+)".*?</symbol>', re.S)
+SHORTER = [
+    (re.compile(r'(<\w+ class)="([\w-]+)">'), r"\1=\2>"),
+    (re.compile(r'(href="[^"]*#([^"]+)") title="\2"'), r"\1"),      # what the address says already
+    (re.compile(r'title="Link to this \w+"'), "title=Link"),
+    (re.compile(r"</a></li>"), "</a>"),
+]
 VERBATIM = re.compile(r"(<(?:pre|script|textarea)\b.*?</(?:pre|script|textarea)>)", re.S)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")        # a Markdown link to a file
 
@@ -70,8 +77,7 @@ class Notebook:
     def part(self) -> str:
         "The part of the site that it belongs to: a shelf of the book, or `Tutorials`, ..."
         if self.path.parent != NBS: return self.path.parent.name.capitalize()
-        number = re.match(r"\d+", self.path.name)
-        if number: return SHELVES[int(number[0]) // 10]
+        if re.match(r"\d+", self.path.name): return SHELVES[".".join(self.module.split(".")[1:-1])]
         return "" if self.path.stem == "index" else "Benchmarks"
 
     @property
@@ -220,12 +226,19 @@ def bare(signature: str) -> str:
 
 
 def light(page: str) -> str:
-    "The page without what nobody sees: unused icons, spans without a colour, indentation."
+    "The page without what nobody sees: unused icons, spans without a colour, quotes, indentation."
     page = SYMBOL.sub(lambda icon: icon[0] if f"#{icon[1]}" in page else "", page)
     page = SIGNATURE.sub(lambda found: bare(found[0]), page)
     pieces = VERBATIM.split(page)
     pieces[::2] = [re.sub(r"\s*\n\s*", "\n", INLINE.sub(r"\1", piece)) for piece in pieces[::2]]
-    return "".join(pieces)
+    return "".join(map(short, pieces))
+
+
+def short(piece: str) -> str:
+    "A piece of a page without quotes and end tags that HTML can do without, and titles of links."
+    if piece.startswith(("<script", "<textarea")): return piece
+    for what, less in SHORTER: piece = what.sub(less, piece)
+    return piece
 
 
 def lighten() -> None:

@@ -22,6 +22,7 @@ import flashmorph
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 SITE = ROOT / "docs/_build/html"
+PACKAGES = ["", "ops", "data", "model", "train", "measure", "choose", "show", "run", "serve"]
 SHELVES = ["Store and nouns", "Ops", "Data", "Model", "Training", "Measuring", "Choosing",
            "Showing", "Running", "Serving"]
 DRAWN = """count => {
@@ -203,16 +204,17 @@ def test_a_broken_link_is_noticed(site, tmp_path, name, text, complaint):
 # What is where
 
 def chapters() -> dict[str, list[str]]:
-    "Shelf -> the pages of its chapters, by the numbers of the notebooks."
-    found: dict[str, list[str]] = {}
+    "Shelf -> the pages of its chapters, in the order of their numbers."
+    found: dict[str, list[str]] = {shelf: [] for shelf in SHELVES}
     for path in sorted(NBS.glob("[0-9]*.ipynb")):
-        number, name = path.stem.split("_", 1)
-        found.setdefault(SHELVES[int(number) // 10], []).append(f"{name}.html")
-    return found
+        name = path.stem.split("_", 1)[1]
+        package = name.rpartition(".")[0]
+        found[SHELVES[PACKAGES.index(package)]].append(f"{name}.html")
+    return {shelf: pages for shelf, pages in found.items() if pages}
 
 
 def test_the_sidebar_has_each_chapter_on_its_shelf(site, looks):
-    "Each ten of the numbers is a part of the sidebar, in the order of the numbers."
+    "Each package is a part of the sidebar, and its chapters are in the order of their numbers."
     parts = {}
     for caption, urls in looks[site / "index.html"]["sidebar"]:
         parts[caption.capitalize()] = [url.rsplit("/", 1)[1] for url in urls]

@@ -5,7 +5,7 @@
 # %% ../../nbs/91_run.asking.ipynb #e7e3e50a
 from __future__ import annotations
 import contextlib, time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from torch import Tensor
@@ -76,11 +76,11 @@ def metered(model: MorphableModel) -> Iterator[Meter]:
 
 class Noted:
     "Rows, and a short hash of each row that was read."
-    def __init__(self, rows: Iterable[Mapping[str, Any]]):
+    def __init__(self, rows: Iterable[dict[str, Tensor]]):
         self.rows = rows
         self.seen: list[str] = []
 
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for row in self.rows:
             self.seen.append(hash_of(row["input_ids"]))
             yield row

@@ -169,8 +169,8 @@ def compare_selections(
     about = {"held-out books": held.count, "tokens of held-out books": held.tokens,
              "books read by selectors": len({r for a in answers.values() for r in a["seen"]}),
              "books in common": 0, "mixer": model.mixer, "digest": held.digest}
-    ranked = [Ranked(*key, tuple(a["order"]) if a["order"] else None, a["seconds"], a["tokens"],
-                     a["passes"]) for key, a in answers.items()]
+    ranked = [Ranked(method, seed, tuple(a["order"]) if a["order"] else None, a["seconds"],
+                     a["tokens"], a["passes"]) for (method, seed), a in answers.items()]
     shown = Selections(
         model.num_layers, asdict(config), {**(facts or {}), **about}, tuple(ranked), tuple(kept),
         tuple(summed_up(known, k) for k in config.budgets if (*range(k),) in known),
