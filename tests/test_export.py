@@ -158,6 +158,7 @@ REFUSED = {
     ("qwen3-bias", "gdn_native", "qwen3_5"): "its projections have biases",
     ("llama", "gdn_native", "qwen3_5"): "family 'llama', not of qwen3.* export to minicpm_sala",
     ("llama", "lightning", "minicpm_sala"): "Convert with the mixer lightning.expand_kv=True",
+    ("llama", "lightning(expand_kv=True, own_decays=True)", "minicpm_sala"): "mixer lightning.*own",
     ("llama", "lightning", "granitemoehybrid"): "should be Mamba2",
     ("mistral", "lightning(expand_kv=True)", "minicpm_sala"): "see a sliding window",
     ("gpt2", "gdn", "qwen3_5"): "No form takes a teacher of family 'gpt2'",

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from torch import Tensor
-from ..model.mixers import Lightning, parse_mixer
+from ..model.mixers import mixer_class, parse_mixer
 from ..selection import check_layers
-from .native import GDNNative
 from .rearrange import (
     granite_config, granite_tensors, qwen3_5_config, qwen3_5_tensors, qwen3_next_config,
     qwen3_next_tensors, sala_config, sala_tensors)
@@ -87,7 +86,8 @@ def misfit_of_lightning(config: Any) -> str | None:
     cls, options = parse_mixer(config.mixer)
     heads = config.num_attention_heads
     wide = options.get("expand_kv", cls.expand_kv) or heads == config.num_key_value_heads
-    if cls is not Lightning or options.get("conv") or not wide:
+    changed = options.get("conv") or options.get("own_decays")
+    if cls is not mixer_class("lightning") or changed or not wide:
         return f"its linear layers have the mixer {config.mixer}"
     if heads & (heads - 1): return f"its {heads} heads are no power of two, so decays would differ"
     return None
@@ -99,7 +99,7 @@ def misfit_of_linear(config: Any, form: NativeForm) -> str | None:
     if not config.full_layers: return "no layer is full, and engines count the tokens there"
     if not form.mixer: return "its linear layers should be Mamba2, and no mixer of flashmorph is"
     if form.name == "minicpm_sala": return misfit_of_lightning(config)
-    if parse_mixer(config.mixer)[0] is GDNNative: return None
+    if mixer_class(config.mixer) is mixer_class(form.mixer): return None
     return f"its linear layers have the mixer {config.mixer}"
 
 # %% ../../nbs/95_serve.forms.ipynb #383fdb49
