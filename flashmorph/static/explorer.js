@@ -86,7 +86,7 @@ function render({ model, el }) {
     },
   });
   const note = make("div", { class: "fm-note", role: "status", "aria-live": "polite" });
-  const sure = make("div", { class: "fm-note fm-sure" });
+  const sure = make("div", { class: "fm-sure" });
 
   // parts
   const chart = layerChart(state, act, say);
