@@ -21,8 +21,8 @@ from ..settings import Settings, setting
 
 # %% auto #0
 __all__ = ['QWEN3', 'SHAPES', 'DTYPES', 'Model', 'random_model', 'SpeedBench', 'by_columns', 'gains', 'lay_out', 'Contestant',
-           'kept_layers', 'teacher_of', 'contestants', 'clock', 'read_prompt', 'write_tokens', 'cache_bytes',
-           'reserved_bytes', 'counted_bytes']
+           'kept_layers', 'teacher_of', 'contestants', 'with_tuned', 'clock', 'read_prompt', 'write_tokens',
+           'cache_bytes', 'reserved_bytes', 'counted_bytes']
 
 # %% ../../nbs/55_measure.pace.ipynb #a8427165
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "num_hidden_layers": 28,
@@ -128,15 +128,18 @@ def teacher_of(wanted: SpeedBench) -> PreTrainedModel:
 
 # %% ../../nbs/55_measure.pace.ipynb #f6154d9b
 def contestants(wanted: SpeedBench) -> dict[str, Contestant]:
-    "All that take turns, by name; on a CPU each model is there a second time, tuned."
+    "The teacher and the hybrid, by name."
     teacher: Any = teacher_of(wanted)
     layers = kept_layers(teacher.config.num_hidden_layers)
     hybrid: Any = morph(teacher, wanted.mixer).commit(layers).eval().requires_grad_(False)
-    field = {"teacher": Contestant(teacher, False), "hybrid": Contestant(hybrid, True)}
-    if torch.device(wanted.device).type == "cpu":
-        for name, (model, _) in list(field.items()):
-            field[f"{name}, tuned"] = Contestant(lay_out(copy.deepcopy(model)), True)
-    return field
+    return {"teacher": Contestant(teacher, False), "hybrid": Contestant(hybrid, True)}
+
+
+def with_tuned(field: dict[str, Contestant]) -> dict[str, Contestant]:
+    "All of `field`, and on a CPU a tuned twin of each."
+    twins = {f"{name}, tuned": Contestant(lay_out(copy.deepcopy(one.model)), True)
+             for name, one in field.items() if one.model.device.type == "cpu"}
+    return field | twins
 
 # %% ../../nbs/55_measure.pace.ipynb #a2a84a4e
 def clock(device: str | torch.device) -> Callable[[], float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from flashmorph.measure.pace import (
     DTYPES, Contestant, SpeedBench, cache_bytes, clock, contestants, counted_bytes, read_prompt,
-    reserved_bytes, write_tokens,
+    reserved_bytes, with_tuned, write_tokens,
 )
 from ..model.cache import grow
 from ..ops.meter import PeakMemory, machine
@@ -101,10 +101,9 @@ def described(field: dict[str, Contestant], wanted: SpeedBench) -> dict[str, Any
 def prefill_rows(race: Race, length: int) -> list[dict[str, Any]]:
     "One row for each contestant that can read `length` tokens."
     wanted = race.wanted
-    field = {name: one for name, one in race.field.items() if not name.endswith("tuned")}
-    found: dict[str, list[Reading]] = {name: [] for name in field}
+    found: dict[str, list[Reading]] = {name: [] for name in race.field}
     for _ in race.rounds():
-        for name, contestant in field.items():
+        for name, contestant in race.field.items():
             one = race.attempt(name, length, partial(reading, contestant, length, wanted))
             if one is not None: found[name].append(one)
     rows = []
@@ -269,7 +268,7 @@ def bench_decode(
 
     Raises `ValueError` for settings that cannot work and for a model that is not there."""
     wanted = SpeedBench.make(settings)
-    race = Race(contestants(wanted), wanted)
+    race = Race(with_tuned(contestants(wanted)), wanted)
     return raced("decode", race, decode_rows, "reading", say, keep)
 
 # %% ../../nbs/59_measure.speed.ipynb #c8e02c58
