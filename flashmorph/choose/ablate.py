@@ -95,7 +95,8 @@ class AnswerDivergence:
         rows = batches(books, batch_size, count)
         self.asked = [asked_of(model, batch, self.where) for batch in rows]
         if not self.asked: raise ValueError("books: expected at least one, got none")
-        self.digest = digest_of(model, self.asked)
+        self.data, self.weights = books_digest(self.asked), weights_digest(model)
+        self.digest = short_hash(self.weights, self.data)
         self.share = share and shares_blocks(model)
         self.passes, self.ran = 1, 0
         self.stage = f"{self.what} {self.digest}"
@@ -158,7 +159,7 @@ def equivalents(far: AnswerDivergence) -> float:
 def facts_of(far: AnswerDivergence) -> dict[str, Any]:
     "What a ranking records of its measurements."
     return {"tokens": far.tokens, "passes": far.passes, "equivalents": equivalents(far),
-            "data": books_digest(far.asked)[:16], "model": weights_digest(far.model)[:16]}
+            "data": far.data[:16], "model": far.weights[:16]}
 
 # %% ../../nbs/65_choose.ablate.ipynb #b1c45e86
 def without(far: AnswerDivergence, full: Sequence[int]) -> dict[int, float]:

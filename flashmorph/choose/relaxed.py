@@ -98,8 +98,8 @@ class Slopes:
         where = valid if loss == "text" else answer_positions
         asked = [asked_of(model, batch, where) for batch in self.batches]
         self.weights = [len(target) for *_, target in asked]
-        self.digest = short_hash(weights_digest(model), books_digest(asked), loss, how)
-        self.data = books_digest(asked)[:16]
+        self.known, self.data = weights_digest(model), books_digest(asked)
+        self.digest = short_hash(self.known, self.data, loss, how)
         self.memo = Memo(log, f"slopes {self.digest}")
 
     def __call__(self, gates: Tensor, batch: int, key: list[int]) -> tuple[float, Tensor]:
@@ -121,8 +121,8 @@ class Slopes:
     def facts(self) -> dict[str, Any]:
         "What a ranking records."
         size = sum(batch["input_ids"].numel() for batch in self.batches) / len(self.batches)
-        return {"passes": self.memo.asked, "tokens": int(self.memo.asked * size), "data": self.data,
-                "model": weights_digest(self.model)[:16]}
+        return {"passes": self.memo.asked, "tokens": int(self.memo.asked * size),
+                "data": self.data[:16], "model": self.known[:16]}
 
 # %% ../../nbs/68_choose.relaxed.ipynb #0b008a3b
 def mean_slopes(slopes: Slopes, level: float, point: int = 0) -> Tensor:

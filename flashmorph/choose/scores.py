@@ -187,9 +187,9 @@ def by_halo(model, books, config, log) -> Ranking:
     every = range(model.num_layers)
     results = [[*without(far, every).values()] for far in (recall, sense)]
     ranking = as_ranking(halo_scores(*results, least=config.least), "halo")
-    spent = {key: facts_of(recall)[key] + facts_of(sense)[key]
-             for key in ("tokens", "passes", "equivalents")}
-    return replace(ranking, digest=recall.digest, facts={**facts_of(recall), **spent})
+    facts, more = facts_of(recall), facts_of(sense)
+    for key in ("tokens", "passes", "equivalents"): facts[key] += more[key]
+    return replace(ranking, digest=recall.digest, facts=facts)
 
 # %% ../../nbs/67_choose.scores.ipynb #f41ee2fa
 @dataclass(frozen=True, kw_only=True)
@@ -255,13 +255,14 @@ def by_error(name: str, relative: bool, words: str) -> None:
     def selector(model, books, config, log) -> Ranking:
         rows = list(batches(books, config.batch_size, config.count))
         read = short_hash(*(checksum({"ids": batch["input_ids"]}) for batch in rows))
-        memo = Memo(log, f"{name} {read} {weights_digest(model)}")
+        weights = weights_digest(model)
+        memo = Memo(log, f"{name} {read} {weights}")
         total = torch.zeros(model.num_layers, dtype=torch.float64)
         for step, batch in enumerate(rows):
             errors = memo([step], partial(batch_errors, model, batch, relative))
             total += torch.tensor(errors, dtype=torch.float64)
         tokens = sum(batch["input_ids"].numel() for batch in rows)
-        facts = {"passes": 1, "tokens": tokens, "data": read, "model": weights_digest(model)[:16]}
+        facts = {"passes": 1, "tokens": tokens, "data": read, "model": weights[:16]}
         return replace(as_ranking(total.tolist(), name), facts=facts)
     selector.__doc__ = words
     selector.__qualname__ = f"by_error.{name}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools, math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from .ablate import AnswerDivergence, by_divergence, eliminate, facts_of
+from .ablate import AnswerDivergence, by_divergence, eliminate
 from .rank import OneBudget, check_fits
 from ..selection import Ranking, check_budget
 from ..settings import setting
@@ -22,7 +22,7 @@ def found(
     "The ranking of a set for its size: its `layers` first, both parts in the order `start`."
     kept = {*layers}
     order = sorted(start, key=lambda i: i not in kept)
-    return Ranking(method, tuple(order), digest=far.digest, budget=len(kept), facts=facts_of(far))
+    return Ranking(method, tuple(order), digest=far.digest, budget=len(kept))
 
 
 def best(far: AnswerDivergence, sets: Iterable[Iterable[int]], width: int = 1) -> list[tuple]:

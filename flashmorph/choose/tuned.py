@@ -153,7 +153,8 @@ def by_supernet(model, books, config, log) -> Ranking:
     held = list(itertools.islice(rows, config.count or 8))
     own = branch_tensors(model)
     before = {name: x.clone() for name, x in own.items()}
-    place = f"supernet-{weights_digest(model)[:8]}"
+    weights = weights_digest(model)
+    place = f"supernet-{weights[:8]}"
     run = None if log is None else Path(log).with_suffix("") / place
     try:
         trained = train_supernet(
@@ -164,6 +165,6 @@ def by_supernet(model, books, config, log) -> Ranking:
         ranking = beam(far, config.budget, config.width)
     finally:
         for name, x in branch_tensors(model).items(): x.copy_(before[name])
-    facts = facts_of(far) | {"model": weights_digest(model)[:16]}
+    facts = facts_of(far) | {"model": weights[:16]}
     facts["tokens"] += trained.tokens
     return replace(ranking, facts=facts)
