@@ -6,21 +6,20 @@
 from __future__ import annotations
 import json, math, statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from torch import nn
 from ..choose.trajectory import GateRun
 from ..data.mixture import fingerprint
-from ..folder import BRANCHES_FILE, Run
+from ..folder import Run
 from ..measure.evaluate import HELD_OUT, held_out_rows
-from ..model.morph import MorphableModel, morph
+from ..model.morph import MorphableModel
 from .asking import CompareConfig, ask, check_budgets, hash_of
 from .confidence import confidence, knee, less, mean_of
-from .materials import Materials
+from .materials import Materials, branches_of, own_order
 from .models import told
-from .recipe import load_recipe
 from .subsets import (
     HeldOut, Table, Values, interactions, place_of, summed_up, table)
 from ..scores import Confidence, Kept, Ranked, Selections, read_selections
@@ -28,13 +27,13 @@ from ..selection import Ranking, Selection
 from ..show.figures import selection_figure
 from ..show.report import Cells, Section, drawn, page, write_report
 from ..show.table import CHOSEN, NOTE, TAKEN, chosen_rows, taken_rows
-from ..store import EventLog, write_aside
+from ..store import write_aside
 from ..train.distill import distill
 
 # %% auto #0
 __all__ = ['Books', 'Repair', 'Say', 'UNITS', 'ask_all', 'measure_repaired', 'measured', 'kept_at', 'tables', 'related',
-           'closely', 'compare_selections', 'Aligned', 'read_aligned', 'compare_run', 'write_selections',
-           'page_sections', 'write_selections_page']
+           'closely', 'compare_selections', 'repairer', 'compare_run', 'write_selections', 'page_sections',
+           'write_selections_page']
 
 # %% ../../nbs/92_run.compare.ipynb #61d134f4
 Books = Callable[[int], Iterable[Mapping[str, Any]]]
@@ -159,7 +158,7 @@ def compare_selections(
     config = config or CompareConfig.make(settings)
     check_budgets(config, model.num_layers)
     held = HeldOut(model, held_out, config.count, batch_size=config.batch_size,
-                   log=None if log is None else EventLog(log))
+                   log=log)
     answers = ask_all(held, config, books, say)
     sets = [answer["sets"][str(budget)] for answer in answers.values() for budget in config.budgets]
     found = measured(held, sets, config.steps, repair, say)
@@ -179,39 +178,17 @@ def compare_selections(
     return read_selections(json.loads(json.dumps(shown.record())))
 
 # %% ../../nbs/92_run.compare.ipynb #6ba4b36b
-@dataclass(frozen=True)
-class Aligned:
-    "A run after stage 1: its materials, and the morphable model with trained linear branches."
-    run: Run
-    materials: Materials
-    model: MorphableModel
+def repairer(materials: Materials, model: MorphableModel, steps: int) -> Repair:
+    "A function that commits layers and distils as the recipe says, but for `steps` steps."
+    recipe = materials.recipe
+    config = replace(recipe.distill, steps=steps, seed=recipe.seed)
 
-    def repair(self, steps: int) -> Repair:
-        "A function that commits layers and distils as the recipe says, but for `steps` steps."
-        recipe, materials = self.materials.recipe, self.materials
-        config = replace(recipe.distill, steps=steps, seed=recipe.seed)
-
-        def repair(layers: Sequence[int]) -> nn.Module:
-            hybrid = self.model.commit(
-                layers, full_rope=recipe.full_rope, logit_scale=recipe.logit_scale)
-            rows = materials.rows(recipe.seed + 1)
-            distill(hybrid, materials.teacher, rows, config, progress=False)
-            return hybrid
-        return repair
-
-
-def read_aligned(folder: str | Path) -> Aligned:
-    "Raises `ValueError` for a folder that is no run, and for a run without trained branches."
-    run = Run(folder)
-    recipe = load_recipe(run.path("recipe.toml"))
-    branches = run.path(BRANCHES_FILE)
-    if not branches.is_file():
-        raise ValueError(f"{run.folder} has no {BRANCHES_FILE}: stage 1 is not finished (convert "
-                         "--resume), or an earlier version made the run and kept no branches")
-    materials = Materials(recipe)
-    model = morph(materials.teacher, mixer=recipe.mixer)
-    model.load_branches(branches)
-    return Aligned(run, materials, model)
+    def repair(layers: Sequence[int]) -> nn.Module:
+        hybrid = model.commit(layers, full_rope=recipe.full_rope, logit_scale=recipe.logit_scale)
+        rows = materials.rows(recipe.seed + 1)
+        distill(hybrid, materials.teacher, rows, config, progress=False)
+        return hybrid
+    return repair
 
 # %% ../../nbs/92_run.compare.ipynb #b68f66c7
 def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings: Any) -> Selections:
@@ -222,23 +199,22 @@ def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings:
     report anew. Raises `ValueError` for a folder that is no run or has no branches, for unknown
     methods and for budgets outside of the model, before anything is measured."""
     config = CompareConfig.make(settings)
-    aligned = read_aligned(folder)
-    check_budgets(config, aligned.model.num_layers)
-    run, materials = aligned.run, aligned.materials
+    run = Run(folder)
+    materials, model = branches_of(run)
+    check_budgets(config, model.num_layers)
     recipe = materials.recipe
     held_out, _ = held_out_rows(materials.tokenizer, recipe.evaluate, HELD_OUT)
     facts = {"teacher": recipe.teacher, "length": recipe.evaluate.length,
              "budget of the run": materials.budget}
-    own = None
-    if run.path("gates.json").exists(): own = GateRun.load(run).ranking
-    elif run.path("ranking.json").exists(): own = Ranking.load(run.path("ranking.json"))
+    own = own_order(run)
+    if isinstance(own, GateRun): own = own.ranking
     # an order that was searched for one budget has no other sets
     if own is not None and own.budget is not None: own = None
     with run.lock():
         shown = compare_selections(
-            aligned.model, lambda seed: materials.books(recipe.seed + seed), held_out, config,
-            log=run.path("compare.jsonl"), repair=aligned.repair(config.steps), lead=own,
-            facts=facts, say=say)
+            model, lambda seed: materials.books(recipe.seed + seed), held_out, config,
+            log=run.path("compare.jsonl"), repair=repairer(materials, model, config.steps),
+            lead=own, facts=facts, say=say)
         write_selections(shown, run.path("selections.json"))
         if run.path("report.html").exists(): write_report(run.folder)
     return shown

@@ -30,7 +30,7 @@ from ..train.resume import UNCOMPARED, as_earlier
 # %% auto #0
 __all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of', 'table_facts',
            'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'ranking_stage',
-           'stage_facts', 'rank_layers', 'sets_of', 'branches_of', 'ranking_file', 'run_ranking']
+           'stage_facts', 'rank_layers', 'sets_of', 'branches_of', 'own_order', 'ranking_file', 'run_ranking']
 
 # %% ../../nbs/81_run.materials.ipynb #f1406d86
 class Materials:
@@ -229,6 +229,12 @@ def branches_of(run: Run) -> tuple[Materials, MorphableModel]:
     return materials, model
 
 
+def own_order(run: Run) -> GateRun | Ranking | None:
+    "What a run's own selector gave, if there is anything yet."
+    if run.path("ranking.json").exists(): return Ranking.load(run.path("ranking.json"))
+    return GateRun.load(run) if run.path("gates.json").exists() else None
+
+
 def ranking_file(run: Run, selector: Selector, settings: Facts) -> Path:
     "Where the ranking of a run by a selector is kept."
     name = re.sub(r"\W+", "-", selector.name)
@@ -244,8 +250,8 @@ def run_ranking(
     A ranking with the same settings is read from the run, else the selector scores the branches.
     Raises `ValueError` for a run without branches, and as `rank` does."""
     run = Run(folder)
-    own = run.path("ranking.json")
-    if method is None and own.exists(): return Ranking.load(own)
+    own = own_order(run) if method is None else None
+    if own is not None: return own
     if method in (None, "flashmorph"): return GateRun.load(run.folder)
     selector = find_selector(str(method))
     if selector.one_budget: settings = {"budget": budget, **settings}

@@ -4,14 +4,16 @@
 
 # %% ../../nbs/88_run.subsets.ipynb #686c06c5
 from __future__ import annotations
-import itertools, json, statistics
+import itertools, statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..choose.ablate import Asked, asked_of, digest_of, in_tape_order
+from ..choose.rank import Memo
 from ..data.mixture import batches
 from ..model.branches import only_full
 from ..model.logits import hidden_states, logits_from_hidden
@@ -19,11 +21,10 @@ from ..model.morph import MorphableModel
 from ..model.recompute import Tape, shares_blocks
 from ..scores import Subsets
 from ..selection import check_layers
-from ..store import EventLog
 
 # %% auto #0
-__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'by_book', 'key_of', 'HeldOut', 'subsets', 'sums_of', 'table',
-           'summed_up', 'place_of', 'interactions']
+__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'by_book', 'HeldOut', 'subsets', 'sums_of', 'table', 'summed_up',
+           'place_of', 'interactions']
 
 # %% ../../nbs/88_run.subsets.ipynb #abfdbc31
 MEASURES = ("kl", "nll", "recall")
@@ -59,11 +60,6 @@ def by_book(values: Tensor, where: Tensor) -> Tensor:
 Values = dict[str, Any]
 
 
-def key_of(event: Mapping[str, Any]) -> str:
-    "What an event of a comparison is about."
-    return json.dumps([event["stage"], event["facts"]])
-
-
 class HeldOut:
     """Answer KL, answer NLL and recall, a number for each of `count` books, of sets of layers.
 
@@ -71,15 +67,13 @@ class HeldOut:
     if there are too few."""
     def __init__(
         self, model: MorphableModel, books: Iterable[Mapping[str, Any]], count: int | None = None,
-        *, batch_size: int = 8, log: EventLog | None = None,
+        *, batch_size: int = 8, log: str | Path | None = None,
     ):
         self.model = model.eval()
         self.asked = [asked_of(model, batch) for batch in batches(books, batch_size, count)]
         self.count = sum(len(ids) for ids, *_ in self.asked)
         self.digest = digest_of(model, self.asked)
-        self.log = log
-        self.known = {key_of(event): event["values"] for event in log or ()
-                      if event["stage"].endswith(self.digest)}
+        self.memo = Memo(log, f"held out {self.digest}")
 
     @property
     def tokens(self) -> int: return sum(ids.numel() for ids, *_ in self.asked)
@@ -94,14 +88,9 @@ class HeldOut:
             parts.append(by_book(values, where))
         return dict(zip(MEASURES, torch.cat(parts, 1).tolist()))
 
-    def once(self, what: str, facts: list[Any], measure: Callable[[], Values]) -> Values:
-        "What is in the log under `what` and `facts`, or what `measure` returns, kept there."
-        event = {"stage": f"{what} {self.digest}", "step": len(self.known), "facts": facts}
-        key = key_of(event)
-        if key not in self.known:
-            self.known[key] = measure()
-            if self.log: self.log.append({**event, "values": self.known[key]})
-        return self.known[key]
+    def once(self, what: str, facts: Sequence[int | str], measure: Callable[[], Values]) -> Values:
+        "What is known of `what` and `facts`, or what `measure` returns."
+        return self.memo([what, *facts], measure)
 
     def __call__(self, full: Iterable[int]) -> Values:
         "The numbers of the model with full attention in the layers `full`."
