@@ -24,7 +24,7 @@ from ..store import EventLog, checksum
 # %% auto #0
 __all__ = ['Asked', 'Positions', 'Part', 'asked_of', 'books_digest', 'digest_of', 'measured_in', 'in_tape_order',
            'AnswerDivergence', 'sum_over', 'note', 'measure', 'equivalents', 'facts_of', 'without', 'remove_one',
-           'add_one', 'check_stops', 'by_place', 'eliminate', 'gather', 'Eliminate', 'by_divergence']
+           'add_one', 'leaving', 'by_place', 'eliminate', 'gather', 'Eliminate', 'by_divergence']
 
 # %% ../../nbs/65_choose.ablate.ipynb #c7d35f7d
 Asked = tuple[Tensor, Tensor | None, Tensor, Tensor]      # ids, mask, where, the teacher's states
@@ -181,31 +181,37 @@ def add_one(far: AnswerDivergence) -> Ranking:
     return replace(as_ranking(scores, "add-one"), digest=far.digest)
 
 # %% ../../nbs/65_choose.ablate.ipynb #5c022cca
-def check_stops(stops: Iterable[int] | None, layers: int) -> list[int]:
-    "Numbers of full layers, falling to 0. Raises `ValueError` for numbers that the model lacks."
-    if stops is None: return list(range(layers - 1, -1, -1))
-    wanted = sorted({int(stop) for stop in stops} | {0}, reverse=True)
-    if wanted[0] >= layers or wanted[-1] < 0:
-        raise ValueError(f"stops: expected numbers of full layers from 0 to {layers - 1}, "
-                         f"got {wanted[:-1]}")
-    return wanted
+def leaving(far: AnswerDivergence, left: Sequence[int], share: float) -> list[int]:
+    """The layers of `left` that leave in one round, the one that is missed least first.
 
+    At most `share` of them, and at least one. Together they may lose twice what they lose one by
+    one, and a hundredth of what all layers lose; if they lose more, half of them is tried."""
+    missed = without(far, left)
+    # of equal layers the higher index leaves, as a ranking keeps the lower one
+    order = sorted(left, key=lambda i: (missed[i], -i))
+    many = max(1, int(share * len(left)))
+    while many > 1:
+        gone = order[:many]
+        before, together, nothing = far.many([left, {*left} - {*gone}, ()])
+        alone = sum(max(0.0, missed[i] - before) for i in gone)
+        if together - before <= 2 * alone + nothing / 100: break
+        many //= 2
+    return order[:many]
 
+# %% ../../nbs/65_choose.ablate.ipynb #3f3e3097
 def by_place(order: Sequence[int], method: str, digest: str) -> Ranking:
     "The ranking of `order`, most worth keeping first: the first of L layers scores L."
     count = len(order)
     scores = [float(count - list(order).index(i)) for i in range(count)]
     return replace(as_ranking(scores, method), digest=digest)
 
-# %% ../../nbs/65_choose.ablate.ipynb #3f3e3097
-def eliminate(far: AnswerDivergence, stops: Iterable[int] | None = None) -> Ranking:
-    "Remove the layers that the answers miss least, and ask again at each of `stops` (all: None)."
+
+def eliminate(far: AnswerDivergence, share: float = 0.25) -> Ranking:
+    "Remove the layers that the answers miss least, a `share` of those left, and ask again."
     left = list(range(far.model.num_layers))
     gone: list[int] = []
-    for stop in check_stops(stops, len(left)):
-        missed = without(far, left)
-        # of equal layers the higher index leaves, as a ranking keeps the lower one
-        for layer in sorted(left, key=lambda i: (missed[i], -i))[:len(left) - stop]:
+    while left:
+        for layer in leaving(far, left, share):
             left.remove(layer)
             gone.append(layer)
     return by_place(gone[::-1], "eliminate", far.digest)
@@ -223,8 +229,8 @@ def gather(far: AnswerDivergence) -> Ranking:
 # %% ../../nbs/65_choose.ablate.ipynb #4473dee0
 @dataclass(frozen=True, kw_only=True)
 class Eliminate(Scoring):
-    "Settings of `eliminate`: `stops` are the numbers of full layers at which it asks again."
-    stops: tuple[int, ...] | None = setting(None, low=0)
+    "Settings of `eliminate`: the `share` of the layers left that may leave in one round."
+    share: float = setting(0.25, low=0, high=1)
 
 
 def by_divergence(
