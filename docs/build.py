@@ -48,6 +48,9 @@ SHORTER = [
     (re.compile(r'title="Link to this \w+"'), "title=Link"),
     (re.compile(r"</a></li>"), "</a>"),
 ]
+CLASSES = re.compile(r' class="([^"]*)"')
+NAMED = re.compile(r"""[."' ]([A-Za-z_][\w-]*)""")        # a class in a style sheet or a script
+SCRIPTS = re.compile(r"<(?:script|style)\b.*?</(?:script|style)>", re.S)
 VERBATIM = re.compile(r"(<(?:pre|script|textarea)\b.*?</(?:pre|script|textarea)>)", re.S)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")        # a Markdown link to a file
 
@@ -225,9 +228,21 @@ def bare(signature: str) -> str:
     return signature
 
 
-def light(page: str) -> str:
-    "The page without what nobody sees: unused icons, spans without a colour, quotes, indentation."
+def dressed(page: str, known: set[str]) -> str:
+    "The page without the classes that no style sheet and no script knows."
+    own = {name for script in SCRIPTS.findall(page) for name in NAMED.findall(script)}
+
+    def kept(found: re.Match) -> str:
+        names = [name for name in found[1].split() if name in known or name in own]
+        return f' class="{" ".join(names)}"' if names else ""
+    return CLASSES.sub(kept, page)
+
+
+def light(page: str, known: set[str]) -> str:
+    """The page without what nobody sees: unused icons and classes, spans without a colour, quotes,
+    indentation."""
     page = SYMBOL.sub(lambda icon: icon[0] if f"#{icon[1]}" in page else "", page)
+    page = dressed(page, known)
     page = SIGNATURE.sub(lambda found: bare(found[0]), page)
     pieces = VERBATIM.split(page)
     pieces[::2] = [re.sub(r"\s*\n\s*", "\n", INLINE.sub(r"\1", piece)) for piece in pieces[::2]]
@@ -244,8 +259,10 @@ def short(piece: str) -> str:
 def lighten() -> None:
     "Make the pages light, and drop what only helps to debug the theme."
     for file in SITE.rglob("*.map"): file.unlink()
+    rules = [file for kind in ("css", "js") for file in SITE.rglob(f"*.{kind}")]
+    known = {name for file in rules for name in NAMED.findall(file.read_text(encoding="utf-8"))}
     for file in SITE.rglob("*.html"):
-        file.write_text(light(file.read_text(encoding="utf-8")), encoding="utf-8")
+        file.write_text(light(file.read_text(encoding="utf-8"), known), encoding="utf-8")
 
 
 def packed(script: Path) -> str:
