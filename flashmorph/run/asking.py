@@ -5,7 +5,7 @@
 # %% ../../nbs/91_run.asking.ipynb #e7e3e50a
 from __future__ import annotations
 import contextlib, time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from torch import Tensor
@@ -26,8 +26,9 @@ class CompareConfig(Settings):
     """Settings of a comparison: `count` held-out books, and `steps` of distillation of every set.
 
     All sets of a size are measured where there are at most `most`; `interactions` where there are
-    at most 16 layers, unless it says otherwise. `reach`: how many layers next to the border of a
-    set are exchanged for its neighbours."""
+    at most 16 layers, unless it says otherwise. Of one order, `closely` measures its sets of every
+    size, and its neighbours at each budget: exchanges of the last `reach` layers kept with the
+    first `reach` of the others."""
     table = "compare"
     methods: tuple[str, ...]
     budgets: tuple[int, ...]
@@ -37,6 +38,7 @@ class CompareConfig(Settings):
     batch_size: int = setting(8, low=1)
     most: int = setting(1000, low=0)
     reach: int = setting(3, low=1)
+    closely: bool = True
     interactions: bool | None = None
 
     def check(self) -> None:
@@ -103,23 +105,24 @@ def settings_for(method: str, seed: int) -> dict[str, Any]:
 
 
 def ask(
-    model: MorphableModel, method: str, books: Iterable[Any], seed: int, budgets: Sequence[int]
+    model: MorphableModel, method: str, books: Iterable[Any], seed: int, budgets: Sequence[int],
+    given: Mapping[str, Any] | None = None,
 ) -> Values:
     """What a selector gives for one seed: its order, its sets by budget, and what asking took.
 
     A selector that answers one budget is asked for each of `budgets`, and has no order."""
     noted = Noted(books)
-    given = settings_for(method, seed)
+    settings = {**(given or {}), **settings_for(method, seed)}
     sets: dict[str, list[int]] = {}
     order = None
     begun = time.perf_counter()
     with metered(model) as meter:
         if find_selector(method).one_budget:
             for k in budgets:
-                found = rank(model, noted, method, budget=k, **given)
+                found = rank(model, noted, method, budget=k, **settings)
                 sets[str(k)] = list(found.select(k).layers)
         else:
-            found = rank(model, noted, method, **given)
+            found = rank(model, noted, method, **settings)
             order = list(found.order)
             for k in range(model.num_layers + 1): sets[str(k)] = list(found.select(k).layers)
     return {"order": order, "sets": sets, "seconds": round(time.perf_counter() - begun, 3),

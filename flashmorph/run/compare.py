@@ -6,11 +6,13 @@
 from __future__ import annotations
 import json, math, statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from torch import nn
+from ..choose.rank import find_selector, plain_settings
 from ..choose.trajectory import GateRun
 from ..data.mixture import fingerprint
 from ..folder import Run
@@ -20,10 +22,12 @@ from .asking import CompareConfig, ask, check_budgets, hash_of
 from .confidence import confidence, knee, less, mean_of
 from .materials import Materials, branches_of, own_order
 from .models import told
+from .recipe import Recipe
 from .subsets import (
     HeldOut, Table, Values, interactions, place_of, summed_up, table)
 from ..scores import Confidence, Kept, Ranked, Selections, read_selections
 from ..selection import Ranking, Selection
+from ..settings import Settings
 from ..show.figures import selection_figure
 from ..show.report import Cells, Section, drawn, page, write_report
 from ..show.table import CHOSEN, NOTE, TAKEN, chosen_rows, taken_rows
@@ -31,25 +35,31 @@ from ..store import write_aside
 from ..train.distill import distill
 
 # %% auto #0
-__all__ = ['Books', 'Repair', 'Say', 'UNITS', 'ask_all', 'measure_repaired', 'measured', 'kept_at', 'tables', 'related',
-           'closely', 'compare_selections', 'repairer', 'compare_run', 'write_selections', 'page_sections',
-           'write_selections_page']
+__all__ = ['Books', 'Repair', 'Say', 'Given', 'EMPTY', 'UNITS', 'ask_all', 'measure_repaired', 'measured', 'kept_at', 'tables',
+           'related', 'closely', 'compare_selections', 'repairer', 'compare_run', 'own_settings', 'write_selections',
+           'page_sections', 'write_selections_page']
 
 # %% ../../nbs/92_run.compare.ipynb #61d134f4
 Books = Callable[[int], Iterable[Mapping[str, Any]]]
 Repair = Callable[[Sequence[int]], nn.Module]
 Say = Callable[[str], Any]
+Given = Mapping[str, Mapping[str, Any]]                     # settings by method
+EMPTY: Given = MappingProxyType({})
 
 
-def ask_all(held: HeldOut, config: CompareConfig, books: Books, say: Say) -> dict[Any, Values]:
+def ask_all(
+    held: HeldOut, config: CompareConfig, books: Books, say: Say, given: Given = EMPTY
+) -> dict[Any, Values]:
     "What every method gives for every seed. Raises `ValueError` for held-out books that were read."
     pairs = [(method, seed) for method in config.methods for seed in range(config.seeds)]
     answers = {}
     for method, seed in told(pairs, len(pairs), "selectors asked", say):
         say(f"{method}, seed {seed}")
         rows = books(seed)
+        settings = given.get(method, {})
         facts = [method, seed, fingerprint(rows), *config.budgets]
-        asking = partial(ask, held.model, method, rows, seed, config.budgets)
+        if settings: facts.append(json.dumps(plain_settings(settings), sort_keys=True))
+        asking = partial(ask, held.model, method, rows, seed, config.budgets, settings)
         answers[method, seed] = held.once("asked", facts, asking)
     read = {row for found in answers.values() for row in found["seen"]}
     kept = {hash_of(ids) for batch, *_ in held.asked for ids in batch}
@@ -121,7 +131,8 @@ def related(held: HeldOut, config: CompareConfig, say: Say) -> tuple[tuple[float
 def closely(
     held: HeldOut, config: CompareConfig, lead: Ranking | Values, say: Say
 ) -> tuple[list[Sequence[float]], list[Confidence]]:
-    "The divergences by budget and book of one method, and how sure its sets are."
+    "The divergences by budget and book of one method, and how sure its sets are, if asked for."
+    if not config.closely: return [], []
     if isinstance(lead, Ranking):
         method, order = lead.method, lead.order
         sets = [lead.select(k).layers for k in range(lead.num_layers + 1)]
@@ -147,6 +158,7 @@ def compare_selections(
     log: str | Path | None = None,  # keeps every measurement, to go on from
     repair: Repair | None = None,  # the distilled hybrid of some layers
     lead: Ranking | None = None,  # is looked at closely; by default that of the first method
+    given: Given = EMPTY,  # settings of selectors, by name; else their defaults
     facts: Mapping[str, Any] | None = None,
     say: Say = lambda line: None,
     **settings: Any,
@@ -159,13 +171,15 @@ def compare_selections(
     check_budgets(config, model.num_layers)
     held = HeldOut(model, held_out, config.count, batch_size=config.batch_size,
                    log=log)
-    answers = ask_all(held, config, books, say)
+    answers = ask_all(held, config, books, say, given)
     sets = [answer["sets"][str(budget)] for answer in answers.values() for budget in config.budgets]
     found = measured(held, sets, config.steps, repair, say)
     known = tables(held, config, say)
     kept = [one for k in config.budgets for one in kept_at(answers, found, known, k)]
     curve, sure = closely(held, config, lead or answers[config.methods[0], 0], say)
-    about = {"held-out books": held.count, "tokens of held-out books": held.tokens,
+    about = {f"{method}.{name}": value for method in config.methods
+             for name, value in plain_settings(given.get(method, {})).items()}
+    about |= {"held-out books": held.count, "tokens of held-out books": held.tokens,
              "books read by selectors": len({r for a in answers.values() for r in a["seen"]}),
              "books in common": 0, "mixer": model.mixer, "digest": held.digest}
     ranked = [Ranked(method, seed, tuple(a["order"]) if a["order"] else None, a["seconds"],
@@ -195,6 +209,7 @@ def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings:
     """Selectors side by side on the trained branches of a run; see `compare_selections`.
 
     How sure a set is and where the knee is are measured for the run's own order, if there is one.
+    The run's own selector is asked with the settings of the recipe, the others with their defaults.
     Writes `selections.json` into the run, every measurement into its `compare.jsonl`, and the
     report anew. Raises `ValueError` for a folder that is no run or has no branches, for unknown
     methods and for budgets outside of the model, before anything is measured."""
@@ -214,10 +229,22 @@ def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings:
         shown = compare_selections(
             model, lambda seed: materials.books(recipe.seed + seed), held_out, config,
             log=run.path("compare.jsonl"), repair=repairer(materials, model, config.steps),
-            lead=own, facts=facts, say=say)
+            lead=own, given=own_settings(recipe), facts=facts, say=say)
         write_selections(shown, run.path("selections.json"))
         if run.path("report.html").exists(): write_report(run.folder)
     return shown
+
+
+def own_settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    "By method, what the recipe says of gates, and of the selector that it names."
+    chosen: dict[str, Settings] = {"flashmorph": recipe.gates}
+    if recipe.method != "flashmorph": chosen[find_selector(recipe.method).name] = recipe.rank
+    found = {}
+    for method, settings in chosen.items():
+        plain = {field.name: field.default for field in fields(settings)}
+        found[method] = {name: settings[name] for name in settings.setting_names()
+                         if name not in ("seed", "budget") and settings[name] != plain[name]}
+    return found
 
 
 def write_selections(shown: Selections, file: str | Path) -> None:
