@@ -1,0 +1,443 @@
+"""A real engine: vLLM on a CPU serves hybrids by the plug-in, and native exports by itself.
+
+`make test-serve` builds an environment for these tests and runs them; elsewhere they are skipped.
+With `--serve-results FILE` the counts and differences are written down."""
+import gc
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+# vLLM reads these when it is imported: one process, a small cache, nobody told
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+               "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.serve
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from flashmorph.model.hybrid import HybridForCausalLM
+from flashmorph.model.morph import commit, morph
+from flashmorph.model.teacher import load_teacher
+from flashmorph.serve.export import export
+
+VOCABULARY = 512
+LENGTHS = (1, 2, 17, 64, 65, 130, 233, 300)
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=4,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+OWN = {
+    "qwen3": dict(head_dim=32),
+    "qwen3_moe": dict(head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2,
+                      decoder_sparse_step=1),
+}
+MIXERS = ("lightning", "gla", "gdn")
+FAMILIES = ("qwen3", "llama", "qwen3_moe")
+OPTIONS = ("", "conv=4", "expand_kv=True")
+
+
+def hybrid_of(family: str, mixer: str, full=(1,), committed=None, **kw) -> HybridForCausalLM:
+    "A hybrid with random weights everywhere; its greedy text does not repeat itself."
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES | OWN.get(family, {}) | kw)
+    teacher = AutoModelForCausalLM.from_config(config).eval()
+    for name, p in teacher.named_parameters():
+        noise = torch.randn_like(p)
+        p.data = p.data + 0.2 * noise if "norm" in name else 0.08 * noise
+        if "embed" in name: p.data *= 10
+    model = morph(teacher, mixer)
+    for layer in model.layers:
+        for p in layer.linear.mixer.parameters(): p.data += 0.1 * torch.randn_like(p)
+    return commit(model, list(full), **committed or {})
+
+
+def prompts_of(lengths=LENGTHS) -> list[list[int]]:
+    "Random prompts, and one that begins as the longest does."
+    seed = torch.Generator().manual_seed(7)
+    found = [torch.randint(3, VOCABULARY, (n,), generator=seed).tolist() for n in lengths]
+    return [*found, [*found[-1][:256], 5, 6]]
+
+
+def greedy(model, prompt: list[int], tokens: int) -> list[int]:
+    "What `generate` writes; with the mask, for a prompt may hold the padding token."
+    ids = torch.tensor([prompt])
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                             do_sample=False, pad_token_id=0, eos_token_id=None)
+    return written[0, len(prompt):].tolist()
+
+
+@torch.no_grad()
+def log_probs(model, prompt: list[int], written: list[int]) -> list[float]:
+    "Of the tokens `written` after `prompt`, by one forward pass."
+    logits = model(torch.tensor([prompt + written]), use_cache=False).logits[0]
+    rows = logits[len(prompt) - 1:-1].log_softmax(-1)
+    return rows[range(len(written)), written].tolist()
+
+
+@contextmanager
+def engine(folder: Path, **settings):
+    "An engine in this process; everything of it is gone afterwards."
+    usual = dict(skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=512,
+                 max_num_seqs=4, max_num_batched_tokens=64, enable_prefix_caching=True)
+    llm = None
+    try:
+        llm = vllm.LLM(model=str(folder), **usual | settings)
+        yield llm
+    finally:
+        if llm is not None: llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def served(llm, prompts: list[list[int]], tokens: int = 16) -> list:
+    "What an engine writes after `prompts`, greedily, with log-probabilities."
+    how = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+                              logprobs=0)
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(given, how, use_tqdm=False)
+
+
+class Tally:
+    "What the tests found, for the file of results."
+    def __init__(self): self.groups: dict[str, dict] = {}
+
+    def add(self, group: str, hybrid: str, equal: int, of: int, difference: float | None = None):
+        found = self.groups.setdefault(group, {"hybrids": [], "equal": 0, "of": 0})
+        if hybrid not in found["hybrids"]: found["hybrids"].append(hybrid)
+        found["equal"] += equal
+        found["of"] += of
+        if difference is not None:
+            found["largest_difference"] = max(difference, found.get("largest_difference", 0))
+
+
+@pytest.fixture(scope="module")
+def tally(request):
+    "A `Tally`, written to the file of the option at the end."
+    found = Tally()
+    yield found
+    path = request.config.getoption("--serve-results")
+    if not path: return
+    for group in found.groups.values():
+        if "largest_difference" in group:
+            group["largest_difference"] = float(f"{group['largest_difference']:.0e}")
+    from transformers import __version__
+    versions = {"vllm": vllm.__version__.partition("+")[0], "torch": torch.__version__,
+                "transformers": __version__}
+    written = {"versions": versions, "groups": found.groups}
+    Path(path).write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+
+
+def check_served(tally, tmp_path, group: str, name: str, hybrid, **settings) -> None:
+    """An engine writes what `generate` writes, twice: from nothing, and from its cache.
+
+    Log-probabilities are those of one forward pass to 1e-3, far above what rounding did in any
+    hybrid of these tests, and far below what a lost token or a wrong position does."""
+    folder = tmp_path / "hybrid"
+    hybrid.save_pretrained(folder)
+    prompts = prompts_of()
+    expect = [greedy(hybrid, prompt, 16) for prompt in prompts]
+    assert len({tuple(text) for text in expect}) > 6       # prompts matter
+    with engine(folder, **settings) as llm:
+        for again in (False, True):
+            found = served(llm, prompts)
+            texts = [list(x.outputs[0].token_ids) for x in found]
+            cached = [x.num_cached_tokens for x in found]
+            apart = [abs(one[token].logprob - ours) for prompt, x in zip(prompts, found)
+                     for one, token, ours in zip(x.outputs[0].logprobs, x.outputs[0].token_ids,
+                                                 log_probs(hybrid, prompt, x.outputs[0].token_ids))]
+            equal = sum(a == b for a, b in zip(texts, expect))
+            tally.add(group, name, equal, len(prompts), max(apart))
+            assert texts == expect
+            assert max(apart) < 1e-3
+            # the prefix cache was used
+            assert cached[-1] == 256 and (not again or cached[-2] == 256)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_matrix(tally, tmp_path, mixer, family, options):
+    "Three mixers, three hosts, plain, with a convolution and with all key heads."
+    spec = f"{mixer}({options})" if options else mixer
+    check_served(tally, tmp_path, "matrix", f"{family} {spec}", hybrid_of(family, spec))
+
+
+OTHERS = {
+    "own decays": ("llama", "lightning(own_decays=True)", (1, 2), {}, {}),
+    "native": ("qwen3", "gdn_native", (1,), {}, {}),
+    "native, experts": ("qwen3_moe", "gdn_native", (1,), {}, {}),
+    "no rotation": ("qwen2", "gdn(rope=False)", (0, 3), {}, {}),
+    "biases": ("llama", "gdn(conv=3)", (2,), {}, dict(attention_bias=True, mlp_bias=True)),
+    "one key head": ("llama", "gla(expand_kv=True)", (1,), {}, dict(num_key_value_heads=1)),
+    "mistral": ("mistral", "lightning(conv=4, expand_kv=True)", (1,), {}, {}),
+    "window": ("mistral", "gla", (1,), {}, dict(sliding_window=48)),
+    "no window": ("qwen2", "lightning", (0, 1), {}, dict(
+        use_sliding_window=True, sliding_window=48, max_window_layers=2)),
+    "yarn": ("qwen3", "gdn", (1,), {}, dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4., original_max_position_embeddings=512))),
+    "llama3": ("llama", "lightning", (1,), {}, dict(rope_parameters=dict(
+        rope_type="llama3", rope_theta=1e4, factor=8., low_freq_factor=1., high_freq_factor=4.,
+        original_max_position_embeddings=64))),
+    "hypenet": ("qwen3", "lightning(expand_kv=True)", (1, 3),
+                dict(full_rope=False, logit_scale=20.), {}),
+    "scaled": ("llama", "gla", (1,), dict(logit_scale=20.), {}),
+    "all full": ("qwen2", "gdn", (0, 1, 2, 3), {}, {}),
+    "tied": ("qwen3", "gla", (1,), {}, dict(tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(tally, tmp_path, name):
+    "Every other option, and the other hosts."
+    family, mixer, full, committed, kw = OTHERS[name]
+    hybrid = hybrid_of(family, mixer, full, committed, **kw)
+    check_served(tally, tmp_path, "options", f"{family} {mixer}: {name}", hybrid)
+
+
+def test_compiled(tally, tmp_path):
+    "Under torch.compile, where a linear layer is one operation."
+    hybrid = hybrid_of("qwen3", "gdn(conv=4)")
+    check_served(tally, tmp_path, "compiled", "qwen3 gdn(conv=4)", hybrid, enforce_eager=False)
+
+
+def test_bfloat16(tmp_path):
+    "In bfloat16 rounding changes texts; log-probabilities are near those of transformers."
+    hybrid = hybrid_of("qwen3", "gdn(conv=4)").bfloat16()
+    hybrid.save_pretrained(tmp_path / "half")
+    prompts = prompts_of((40, 200))
+    with engine(tmp_path / "half", dtype="bfloat16") as llm:
+        for prompt, found in zip(prompts, served(llm, prompts, 1)):
+            token = found.outputs[0].token_ids[0]
+            theirs = found.outputs[0].logprobs[0][token].logprob
+            # a tenth of a nat: eight bits, four layers
+            assert abs(theirs - log_probs(hybrid, prompt, [token])[0]) < 0.1
+
+
+# What is refused
+
+def edited(folder: Path, **changes) -> None:
+    "Change entries of a config.json; those of the teacher with it."
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        config[name] = value
+        if name in config["teacher"]: config["teacher"][name] = value
+    path.write_text(json.dumps(config))
+
+
+def lost(folder: Path) -> None:
+    "Leave a weight out."
+    weights = load_file(folder / "model.safetensors")
+    del weights["host.model.layers.2.self_attn.mixer.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+REFUSED = {
+    "mixer": (lambda folder: edited(folder, mixer="gnd"),
+              "unknown mixer 'gnd'; did you mean 'gdn'"),
+    "other mixer": (lambda folder: edited(folder, mixer="gdn(expand_kv=True)"),
+                    "its weights do not fit its config.json"),
+    "other heads": (lambda folder: edited(folder, num_key_value_heads=4),
+                    "its weights do not fit its config.json"),
+    "other layers": (lambda folder: edited(folder, full_layers=[2]),
+                     "its weights do not fit its config.json"),
+    "lost weight": (lost, "layers.2.self_attn.mixer.norm.weight is missing"),
+    "no full layer": (lambda folder: edited(folder, full_layers=[]), "it has no full layer"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "hybrid"
+    hybrid_of("qwen3", "gdn").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(good, tmp_path, name):
+    "A folder that is not what it says, or cannot be served, is refused with a sentence."
+    spoil, why = REFUSED[name]
+    folder = tmp_path / "spoilt"
+    shutil.copytree(good, folder)
+    spoil(folder)
+    with pytest.raises(Exception) as found:  # noqa: B017 (vLLM wraps ours in its own)
+        with engine(folder): pass
+    messages, error = [], found.value
+    while error is not None:
+        messages.append(str(error))
+        error = error.__cause__ or error.__context__
+    assert any(why in message for message in messages), messages
+
+
+def test_refuses_other_hosts(tmp_path):
+    config = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=64)
+    hybrid_of("gemma2", "gdn", **config).save_pretrained(tmp_path / "gemma")
+    with pytest.raises(ValueError, match="its teacher is of family 'gemma2', the plug-in knows"):
+        with engine(tmp_path / "gemma"): pass
+
+
+SPECULATING = """
+import sys, vllm
+guess = dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=3)
+vllm.LLM(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, max_model_len=512,
+         speculative_config=guess)
+"""
+
+
+def test_refuses_speculation(good):
+    "In a process of its own: vLLM 0.32 starts no second engine after what speculation imports."
+    done = subprocess.run([sys.executable, "-c", SPECULATING, good], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "speculative decoding needs states that can go back; leave it out" in done.stderr
+
+
+# Native exports, in an engine without the plug-in
+
+ALONE = """
+import json, sys
+sys.modules["flashmorph"] = None
+import vllm
+llm = vllm.LLM(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
+               max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64)
+how = vllm.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+prompts = json.loads(open(sys.argv[2]).read())
+found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
+json.dump([list(x.outputs[0].token_ids) for x in found], open(sys.argv[3], "w"))
+"""
+
+
+@pytest.mark.parametrize("family, form", [("qwen3", "qwen3_5"), ("qwen3_moe", "qwen3_next")])
+def test_native(tally, tmp_path, family, form):
+    "An export in vLLM's own classes and kernels, in the format it insists on."
+    hybrid = hybrid_of(family, "gdn_native", head_dim=64, tie_word_embeddings=False)
+    export(hybrid, tmp_path / "native", form, engine="vllm")
+    prompts = prompts_of((12, 100))[:2]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    files = [str(tmp_path / name) for name in ("native", "prompts.json", "found.json")]
+    environment = os.environ | {"VLLM_PLUGINS": ""}
+    subprocess.run([sys.executable, "-c", ALONE, *files], check=True, env=environment)
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.bfloat16).eval()
+    found = json.loads((tmp_path / "found.json").read_text())
+    expect = [greedy(native, prompt, 40) for prompt in prompts]
+    for theirs, ours in zip(found, expect):
+        equal = sum(a == b for a, b in zip(theirs, ours))
+        tally.add("native", f"{family} as {form}", equal, 40)
+    assert found == expect
+
+
+# The server
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+TEXTS = ["The key is", "Once upon a time", "One day", "There was a", "A cat and a dog", "She said",
+         "Tom went to the", "It was"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def ask(port: int, path: str, body: dict | None = None) -> bytes:
+    "The answer of the server, as bytes; a question if there is a `body`."
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data,
+                                   {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=120) as answer: return answer.read()
+
+
+@contextmanager
+def server(folder: Path, log: Path):
+    "`vllm serve`, with several processes as users have it; afterwards none of them is left."
+    port = free_port()
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port",
+               str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512",
+               "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--enforce-eager"]
+    with log.open("w") as out:
+        started = subprocess.Popen(command, stdout=out, stderr=out, env=environment,
+                                   start_new_session=True)
+    family = {started.pid}
+    try:
+        limit = time.monotonic() + 300
+        while True:
+            family |= {x.pid for x in psutil.Process(started.pid).children(recursive=True)}
+            assert started.poll() is None and time.monotonic() < limit, log.read_text()[-3000:]
+            try: ask(port, "/health")
+            except (urllib.error.URLError, ConnectionError): time.sleep(0.5)
+            else: break
+        family |= {x.pid for x in psutil.Process(started.pid).children(recursive=True)}
+        yield port
+    finally:
+        started.send_signal(signal.SIGINT)
+        try: started.wait(60)
+        except subprocess.TimeoutExpired: started.kill()
+    left = [pid for pid in family if psutil.pid_exists(pid)]
+    assert not left, f"{left} of {family} are still there"
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)): pass
+
+
+def streamed(answer: bytes) -> str:
+    "The text of a stream of events."
+    lines = [line[6:] for line in answer.decode().splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+
+
+def test_server(tally, tmp_path):
+    """Eight clients at once, 64 questions: completions, chat and streams.
+
+    All answers are those of `generate`."""
+    teacher, tokenizer = load_teacher()
+    model = morph(teacher, "gdn(conv=4)")
+    for layer in model.layers:
+        for p in layer.linear.mixer.parameters(): p.data += 0.02 * torch.randn_like(p)
+    hybrid = commit(model, [1, 4, 8])
+    tokenizer.chat_template = TEMPLATE
+    folder = tmp_path / "hybrid"
+    hybrid.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    expect = {}
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        expect[text] = tokenizer.decode(greedy(hybrid, ids, 24), skip_special_tokens=True)
+    assert len(set(expect.values())) > 4
+    common = {"model": str(folder), "temperature": 0, "max_tokens": 24, "ignore_eos": True}
+
+    def client(port: int, number: int) -> list[bool]:
+        "Eight questions, of three kinds."
+        found = []
+        for i, text in enumerate(TEXTS):
+            if (i + number) % 3 == 0:
+                body = common | {"messages": [{"role": "user", "content": text}]}
+                answer = json.loads(ask(port, "/v1/chat/completions", body))
+                said = answer["choices"][0]["message"]["content"]
+            elif (i + number) % 3 == 1:
+                answer = json.loads(ask(port, "/v1/completions", common | {"prompt": text}))
+                said = answer["choices"][0]["text"]
+            else: said = streamed(ask(port, "/v1/completions",
+                                      common | {"prompt": text, "stream": True}))
+            found.append(said == expect[text])
+        return found
+
+    with server(folder, tmp_path / "log") as port, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda number: client(port, number), range(8)))
+    right = sum(map(sum, answers))
+    tally.add("server", "bundled teacher, gdn(conv=4)", right, 64)
+    assert right == 64
