@@ -241,7 +241,7 @@ def own_settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     if recipe.method != "flashmorph": chosen[find_selector(recipe.method).name] = recipe.rank
     found = {}
     for method, settings in chosen.items():
-        plain = {field.name: field.default for field in fields(settings)}
+        plain = {field.name: field.default for field in fields(settings)}  # type: ignore[arg-type]
         found[method] = {name: settings[name] for name in settings.setting_names()
                          if name not in ("seed", "budget") and settings[name] != plain[name]}
     return found
