@@ -4,7 +4,7 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions lab docs export readme clean
+.PHONY: help setup demo test test-versions test-serve lab docs export readme clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: setup  ## every check: export in sync, lint, types, notebooks, tests
 
 test-versions: setup  ## model, resume and widget tests with the oldest and the newest versions
 	@tests/versions.sh
+
+test-serve:  ## hybrids and exports in a real engine, vLLM on the CPU (builds .venv-serve, 4 GB)
+	@PYTHON=$(PYTHON) tests/serve.sh $(SERVE_OPTIONS)
 
 lab: setup  ## open the notebooks in JupyterLab, at the first tutorial
 	@$(BIN)/jupyter lab --notebook-dir=nbs \

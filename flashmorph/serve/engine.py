@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'groups_of', 'StepBuilder', 'StepBackend', 'LinearLayer', 'FullRotary', 'check_engine', 'check_parallel',
-           'place_layers', 'adapt_rotary', 'own_weights', 'HasStates', 'ServedHybrid']
+           'place_layers', 'adapt_rotary', 'check_heads', 'own_weights', 'HasStates', 'ServedHybrid']
 
 # %% ../../nbs/98_serve.engine.ipynb #71b74f20
 import math
@@ -146,7 +146,7 @@ def check_parallel(config: HybridConfig, devices: int) -> None:
     raise refused(f"{heads} query heads and {shared} key heads cannot be shared out over "
                   f"{devices} devices; choose another --tensor-parallel-size")
 
-# %% ../../nbs/98_serve.engine.ipynb #d00e1cbc
+# %% ../../nbs/98_serve.engine.ipynb #edc43a31
 def place_layers(root: nn.Module, bones: Skeleton, config: HybridConfig, dtype: torch.dtype,
                  caches: dict[str, Any], prefix: str = "") -> None:
     "Put the linear layers of a hybrid into `root`, without weights, and into the list `caches`."
@@ -168,6 +168,16 @@ def adapt_rotary(layers: Any, config: HybridConfig) -> None:
     for i in config.full_layers or []:
         attn = layers[i].self_attn
         attn.rotary_emb = FullRotary(attn.rotary_emb if rope else None, scale)
+
+
+def check_heads(layers: Any, config: HybridConfig) -> None:
+    "Raise `ValueError` unless vLLM's attention on this machine knows heads of such a size."
+    for i in config.full_layers or []:
+        attn = layers[i].self_attn
+        backend = attn.attn.get_attn_backend()
+        if backend.supports_head_size(attn.head_dim): continue
+        raise refused(f"its heads have {attn.head_dim} channels, and vLLM's attention on this "
+                      f"machine ({backend.get_name()}) has no kernel for that")
 
 
 def own_weights(root: nn.Module) -> dict[str, Tensor]:
@@ -198,7 +208,7 @@ class HasStates:
         each = tuple(get_temporal_copy_spec for _ in hybrid_states(self.config))
         return dict.fromkeys(mamba_types, each)
 
-# %% ../../nbs/98_serve.engine.ipynb #ee365bd5
+# %% ../../nbs/98_serve.engine.ipynb #a2a1fe00
 class ServedHybrid(nn.Module, HasStates):
     "A hybrid in vLLM: the host is vLLM's own model, and its linear layers are ours."
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
@@ -214,6 +224,7 @@ class ServedHybrid(nn.Module, HasStates):
             architectures=[HOSTS[teacher.model_type]])
         caches = vllm_config.compilation_config.static_forward_context
         place_layers(self, self.bones, config, model.dtype, caches, prefix)
+        check_heads(self.host.model.layers, config)
         adapt_rotary(self.host.model.layers, config)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
