@@ -2,23 +2,33 @@
 
 The planted teachers are written down, not trained: which layers they need is known. The others are
 trained for some minutes on one core. Each is compared with all sets of layers of every size that is
-asked for, and the comparison becomes `nbs/results/zoo_NAME.json`.
+asked for, and the comparison becomes `nbs/results/zoo_NAME_MIXER.json`.
 """
 import argparse
+import json
 import random
+import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import flashmorph  # noqa: F401 (registers all selectors)
+from flashmorph.choose.rank import SELECTORS
+from flashmorph.data.passkeys import passkeys
 from flashmorph.model.morph import MorphableModel, morph
-from flashmorph.run.compare import compare_selections, write_selections
+from flashmorph.model.teacher import load_teacher
+from flashmorph.run.compare import compare_selections
+from flashmorph.run.subsets import HeldOut
+from flashmorph.scores import Selections
 from flashmorph.train.align import align
 from flashmorph.train.distill import finetune
 
+Rows = Callable[[int], Iterable[dict[str, torch.Tensor]]]
 RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results"
 
 # The tokens: 16 keys, 16 values, 15 fillers and a question mark.
@@ -145,20 +155,21 @@ def planted(name: str) -> PreTrainedModel:
     return model
 
 
-# Trained teachers: family, layers, heads, and the tasks of the last phase.
+# Trained teachers: family, layers, heads, steps, and the tasks of the last phase.
 TRAINED = {
-    "qwen3": ("qwen3", 6, 2, Task(pairs=6, repeated=0.3)),
-    "llama": ("llama", 8, 1, Task(pairs=5, repeated=0.5)),
-    "mistral": ("mistral", 6, 1, Task(pairs=8, questions=6, repeated=0.2)),
-    "qwen2": ("qwen2", 10, 1, Task(pairs=6, repeated=0.4)),
+    "qwen3": ("qwen3", 6, 2, 1200, Task(pairs=6, repeated=0.3)),
+    "llama": ("llama", 8, 1, 1500, Task(pairs=5, repeated=0.5)),
+    "mistral": ("mistral", 6, 1, 2700, Task(pairs=8, questions=6, repeated=0.2)),
+    "qwen2": ("qwen2", 10, 1, 1500, Task(pairs=6, repeated=0.4)),
 }
+BUNDLED = {"length": 128, "keys": 2, "words_per_key": 3}
 COMMON = {"answer_weight": 2.0, "betas": (0.9, 0.98), "weight_decay": 0.02, "batch_size": 32,
           "lr": 2e-3, "progress": False}
 
 
-def trained(name: str, steps: int = 900) -> PreTrainedModel:
+def trained(name: str) -> PreTrainedModel:
     "A teacher with random weights, trained on repeated rows and then on all of its tasks."
-    family, layers, heads, task = TRAINED[name]
+    family, layers, heads, steps, task = TRAINED[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, head_dim=16,
@@ -173,44 +184,101 @@ def trained(name: str, steps: int = 900) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def morphable(name: str) -> tuple[MorphableModel, Task]:
-    "The model with both branches, and its task. A planted layer that turns linear writes nothing."
-    if name in TRAINED:
-        task = TRAINED[name][3]
-        model = morph(trained(name))
-        align(model, Task(task.pairs, task.questions, task.repeated, seed=2), steps=100,
-              batch_size=16, progress=False)
-        return model, task
-    model = morph(planted(name))
-    for layer in model.layers: layer.linear.attn.o_proj.weight.detach().zero_()
-    return model, Task()
+def kept_teacher(name: str, folder: Path | None) -> PreTrainedModel:
+    "The trained teacher, from the folder if it is there, else trained now and saved."
+    if folder is None: return trained(name)
+    if not (folder / name).exists(): trained(name).save_pretrained(folder / name)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / name)
+    return loaded.eval().requires_grad_(False)
 
 
-METHODS = ("flashmorph", "remove-one", "add-one", "eliminate", "gather", "uniform")
+def morphable(
+    name: str, mixer: str = "lightning", folder: Path | None = None
+) -> tuple[MorphableModel, Rows]:
+    """The model with both branches, and a function that gives the rows of a seed.
+
+    A planted layer that turns linear writes nothing; the others are aligned."""
+    if name in PLANTED:
+        model = morph(planted(name), mixer)
+        for layer in model.layers: layer.linear.attn.o_proj.weight.detach().zero_()
+        return model, lambda seed: Task(seed=seed)
+    if name == "bundled":
+        teacher, tokenizer = load_teacher()
+
+        def rows(seed: int) -> Iterable[dict[str, torch.Tensor]]:
+            return passkeys(tokenizer, seed=seed, **BUNDLED)
+    else:
+        teacher, task = kept_teacher(name, folder), TRAINED[name][-1]
+
+        def rows(seed: int) -> Iterable[dict[str, torch.Tensor]]: return replace(task, seed=seed)
+    model = morph(teacher, mixer)
+    align(model, rows(2), steps=100, batch_size=16, progress=False)
+    return model, rows
+
+
+# All selectors but those that another one covers here: all sets are measured anyway.
+METHODS = tuple(name for name in SELECTORS if name not in ("exhaustive", "uniform-start"))
+
+
+def matters(model: MorphableModel, held_out: Iterable[Any], count: int) -> dict[str, Any]:
+    "Answer NLL and recall of the teacher, NLL without any full layer, and without each one."
+    held, layers = HeldOut(model, held_out, count, batch_size=64), range(model.num_layers)
+
+    def mean(what: str, full: Iterable[int]) -> float: return statistics.fmean(held(full)[what])
+    nll = mean("nll", layers)
+    alone = [mean("nll", [i for i in layers if i != layer]) - nll for layer in layers]
+    return {"recall": mean("recall", layers), "nll": nll, "nll of no full layer": mean("nll", []),
+            "more nll without": [round(more, 4) for more in alone]}
+
+
+def in_short(shown: Selections) -> dict[str, Any]:
+    "What is kept of a comparison: what was asked, what it took, and how good each set is."
+    asked = [{"method": a.method, "seed": a.seed, "order": a.order, "passes": round(a.passes),
+              "tokens": a.tokens, "seconds": round(a.seconds, 2)} for a in shown.ranked]
+    kept = [{"method": one.method, "seed": one.seed, "layers": one.layers,
+             "kl": round(one.scores["kl"].value, 5), "percentile": round(one.percentile, 2),
+             "regret": round(one.regret, 4)} for one in shown.kept]
+    subsets = [{**asdict(every), "best": round(every.best, 5), "median": round(every.median, 5),
+                "worst": round(every.worst, 5)} for every in shown.subsets]
+    return {"subsets": subsets, "asked": asked, "kept": kept}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*PLANTED, *TRAINED])
+    parser.add_argument("name", choices=[*PLANTED, *TRAINED, "bundled"])
+    parser.add_argument("--mixer", default="lightning")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--budgets", default="2,3")
+    parser.add_argument("--budgets", help="by default from 2 to half of the layers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--teachers", type=Path, help="folder that keeps trained teachers")
     parser.add_argument("--log", type=Path, help="keeps every measurement, to go on from")
     parser.add_argument("--json", type=Path, help="the result, by default in nbs/results")
     asked = parser.parse_args()
-    model, task = morphable(asked.name)
-
-    def rows(seed: int) -> Task:
-        return Task(task.pairs, task.questions, task.repeated, seed=1000 + seed)
-
-    about = PLANTED[asked.name][0] if asked.name in PLANTED else TRAINED[asked.name][0]
+    torch.manual_seed(0)
+    model, rows = morphable(asked.name, asked.mixer, asked.teachers)
+    sizes = range(2, model.num_layers // 2 + 1)
+    budgets = tuple(map(int, asked.budgets.split(","))) if asked.budgets else tuple(sizes)
     shown = compare_selections(
-        model, rows, rows(1_000_000), methods=tuple(asked.methods.split(",")),
-        budgets=tuple(map(int, asked.budgets.split(","))), seeds=asked.seeds, count=asked.count,
-        batch_size=32, log=asked.log, facts={"teacher": asked.name, "family": about},
-        say=lambda line: print(">", line, file=sys.stderr))
-    write_selections(shown, asked.json or RESULTS / f"zoo_{asked.name}.json")
+        model, lambda seed: rows(1000 + seed), rows(1_000_000), count=asked.count, budgets=budgets,
+        methods=tuple(asked.methods.split(",")), seeds=asked.seeds, batch_size=64, log=asked.log,
+        closely=False, interactions=False, say=lambda line: print(">", line, file=sys.stderr))
+    about = {"teacher": asked.name, "family": model.config.model_type, "layers": model.num_layers,
+             "mixer": asked.mixer, "held-out rows": asked.count}
+    found = {**about, **matters(model, rows(1_000_000), asked.count), **in_short(shown)}
+    name = f"zoo_{asked.name}_{asked.mixer}.json"
+    (asked.json or RESULTS / name).write_text(packed(found), encoding="utf-8")
+
+
+def packed(found: dict[str, Any]) -> str:
+    "JSON with one line for each member of a list of objects."
+    parts = []
+    for name, value in found.items():
+        text = json.dumps(value)
+        if value and isinstance(value, list) and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join("  " + json.dumps(one) for one in value) + "\n ]"
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 if __name__ == "__main__": main()

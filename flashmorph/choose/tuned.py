@@ -79,6 +79,16 @@ class Variants:
         self.weights = weights_digest(model)
         self.memo = Memo(log, f"tuned {config} {self.weights} {books_digest(self.asked)}")
 
+    @property
+    def taken(self) -> dict[str, int]:
+        "Books and tokens that went through a model, where a backward pass counts as one more."
+        # of a book in training: the teacher's pass, and the hybrid's two
+        held = sum(len(ids) for ids, *_ in self.asked)
+        read = sum(ids.numel() for ids, *_ in self.asked)
+        read += 3 * sum(row["input_ids"].numel() for row in self.rows)
+        asked = self.memo.asked
+        return {"books": asked * (held + 3 * len(self.rows)), "tokens": asked * read}
+
     def __call__(self, full: Iterable[int]) -> float:
         kept = sorted(full)
         return self.memo(["full", *kept], lambda: self.tune(kept))
@@ -120,10 +130,7 @@ def by_variants(name: str, score: Callable[[Variants], list[float]]) -> None:
     def selector(model, books, config, log) -> Ranking:
         tried = Variants(model, books, config, log)
         scores = score(tried)
-        # a step reads the teacher and trains the hybrid: four passes over a batch
-        passes = tried.memo.asked * (1 + 4 * config.steps)
-        tokens = tried.memo.asked * sum(row["input_ids"].numel() for row in tried.rows)
-        facts = {"passes": passes, "tokens": tokens, "data": books_digest(tried.asked)[:16],
+        facts = {**tried.taken, "data": books_digest(tried.asked)[:16],
                  "model": tried.weights[:16]}
         return replace(as_ranking(scores, name), facts=facts)
     selector.__doc__ = score.__doc__
