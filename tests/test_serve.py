@@ -35,6 +35,7 @@ from flashmorph.model.hybrid import HybridForCausalLM
 from flashmorph.model.morph import commit, morph
 from flashmorph.model.teacher import load_teacher
 from flashmorph.serve.export import export
+from flashmorph.serve.rearrange import runnable
 
 VOCABULARY = 512
 LENGTHS = (1, 2, 17, 64, 65, 130, 233, 300)
@@ -314,19 +315,41 @@ def test_refuses_speculation(good):
     assert "speculative decoding needs states that can go back; leave it out" in done.stderr
 
 
-# Native exports, in an engine without the plug-in
+# Engines in a process of their own: two devices, and native exports without the plug-in
 
 ALONE = """
-import json, sys
-sys.modules["flashmorph"] = None
+import json, os, sys
+if os.environ.get("VLLM_PLUGINS") == "": sys.modules["flashmorph"] = None
 import vllm
-llm = vllm.LLM(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
-               max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64)
+llm = vllm.LLM(model=sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, max_model_len=512,
+               max_num_seqs=4, max_num_batched_tokens=64, **json.loads(sys.argv[4]))
 how = vllm.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
 prompts = json.loads(open(sys.argv[2]).read())
 found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
 json.dump([list(x.outputs[0].token_ids) for x in found], open(sys.argv[3], "w"))
 """
+
+
+def alone(folder: Path, prompts: list[list[int]], environment: dict[str, str], **settings) -> list:
+    "What an engine in a process of its own writes after `prompts`: 40 tokens each."
+    beside = folder.parent
+    (beside / "prompts.json").write_text(json.dumps(prompts))
+    files = [str(folder), str(beside / "prompts.json"), str(beside / "found.json")]
+    subprocess.run([sys.executable, "-c", ALONE, *files, json.dumps(settings)], check=True,
+                   env=os.environ | environment)
+    return json.loads((beside / "found.json").read_text())
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_devices(tmp_path):
+    "Tensor parallelism: full layers in halves, linear layers whole on both."
+    hybrid = hybrid_of("qwen3", "gdn(conv=4)")
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    prompts = prompts_of()
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    found = alone(tmp_path / "hybrid", prompts, environment, dtype="float32",
+                  tensor_parallel_size=2)
+    assert found == [greedy(hybrid, prompt, 40) for prompt in prompts]
 
 
 def counting(length: int, start: int, step: int) -> list[int]:
@@ -353,13 +376,9 @@ def test_native(tally, tmp_path, family, form):
     "An export in vLLM's own classes and kernels, in the format it insists on."
     export(taught(family), tmp_path / "native", form, engine="vllm")
     prompts = [counting(12, 5, 3), counting(30, 40, 5), counting(100, 20, 2)]
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    files = [str(tmp_path / name) for name in ("native", "prompts.json", "found.json")]
-    environment = os.environ | {"VLLM_PLUGINS": ""}
-    subprocess.run([sys.executable, "-c", ALONE, *files], check=True, env=environment)
+    found = alone(tmp_path / "native", prompts, {"VLLM_PLUGINS": ""}, dtype="bfloat16")
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.bfloat16).eval()
-    found = json.loads((tmp_path / "found.json").read_text())
-    expect = [greedy(native, prompt, 40) for prompt in prompts]
+    with runnable(native): expect = [greedy(native, prompt, 40) for prompt in prompts]
     assert expect[0][:10] == counting(22, 5, 3)[12:]
     for theirs, ours in zip(found, expect):
         equal = sum(a == b for a, b in zip(theirs, ours))
