@@ -26,7 +26,7 @@ from notebooks import (
 )
 
 # Notebooks that export nothing: pages to read.
-PAGES = {"nbs/index.ipynb", "nbs/benchmarks.ipynb"}
+PAGES = {"nbs/index.ipynb", "nbs/benchmarks.ipynb", "nbs/bench_selectors.ipynb"}
 FRAME = {"settings.ini", "setup.py", "nbs", "flashmorph", "tests", "docs", "README.md", "LICENSE",
          "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "MANIFEST.in", "constraints.txt",
          "pyproject.toml"}

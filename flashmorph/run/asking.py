@@ -126,8 +126,8 @@ def ask(
             order = list(found.order)
             for k in range(model.num_layers + 1): sets[str(k)] = list(found.select(k).layers)
     # hybrids that a selector commits have layers of their own, which it counts itself
-    books = max(meter.books, found.facts.get("books", 0))
-    tokens = max(meter.tokens, found.facts["tokens"]) if "books" in found.facts else meter.tokens
+    own = found.facts if "books" in found.facts else {"books": 0, "tokens": 0}
     return {"order": order, "sets": sets, "seconds": round(time.perf_counter() - begun, 3),
-            "tokens": round(tokens), "passes": round(books, 3), "seen": noted.seen}
+            "tokens": max(round(meter.tokens), own["tokens"]),
+            "passes": max(round(meter.books, 3), own["books"]), "seen": noted.seen}
 
