@@ -211,6 +211,7 @@ def morphable(
         teacher, task = kept_teacher(name, folder), TRAINED[name][-1]
 
         def rows(seed: int) -> Iterable[dict[str, torch.Tensor]]: return replace(task, seed=seed)
+    torch.manual_seed(0)        # the same branches, whether the teacher was trained now or loaded
     model = morph(teacher, mixer)
     align(model, rows(2), steps=100, batch_size=16, progress=False)
     return model, rows
@@ -255,7 +256,6 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="keeps every measurement, to go on from")
     parser.add_argument("--json", type=Path, help="the result, by default in nbs/results")
     asked = parser.parse_args()
-    torch.manual_seed(0)
     model, rows = morphable(asked.name, asked.mixer, asked.teachers)
     sizes = range(2, model.num_layers // 2 + 1)
     budgets = tuple(map(int, asked.budgets.split(","))) if asked.budgets else tuple(sizes)

@@ -5,7 +5,7 @@
 # %% ../../nbs/91_run.asking.ipynb #e7e3e50a
 from __future__ import annotations
 import contextlib, time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from torch import Tensor
@@ -106,13 +106,14 @@ def settings_for(method: str, seed: int) -> dict[str, Any]:
 
 def ask(
     model: MorphableModel, method: str, books: Iterable[Any], seed: int, budgets: Sequence[int],
-    given: Mapping[str, Any] | None = None,
+    **given: Any,
 ) -> Values:
     """What a selector gives for one seed: its order, its sets by budget, and what asking took.
 
-    A selector that answers one budget is asked for each of `budgets`, and has no order."""
+    `given` are settings of the selector; the others are its defaults. A selector that answers one
+    budget is asked for each of `budgets`, and has no order."""
     noted = Noted(books)
-    settings = {**(given or {}), **settings_for(method, seed)}
+    settings = given | settings_for(method, seed)
     sets: dict[str, list[int]] = {}
     order = None
     begun = time.perf_counter()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from torch import nn
 from ..choose.rank import find_selector, plain_settings
@@ -35,8 +34,8 @@ from ..store import write_aside
 from ..train.distill import distill
 
 # %% auto #0
-__all__ = ['Books', 'Repair', 'Say', 'Given', 'EMPTY', 'UNITS', 'ask_all', 'measure_repaired', 'measured', 'kept_at', 'tables',
-           'related', 'closely', 'compare_selections', 'repairer', 'compare_run', 'own_settings', 'write_selections',
+__all__ = ['Books', 'Repair', 'Say', 'Given', 'UNITS', 'ask_all', 'measure_repaired', 'measured', 'kept_at', 'tables', 'related',
+           'closely', 'compare_selections', 'repairer', 'compare_run', 'own_settings', 'write_selections',
            'page_sections', 'write_selections_page']
 
 # %% ../../nbs/92_run.compare.ipynb #61d134f4
@@ -44,11 +43,10 @@ Books = Callable[[int], Iterable[Mapping[str, Any]]]
 Repair = Callable[[Sequence[int]], nn.Module]
 Say = Callable[[str], Any]
 Given = Mapping[str, Mapping[str, Any]]                     # settings by method
-EMPTY: Given = MappingProxyType({})
 
 
 def ask_all(
-    held: HeldOut, config: CompareConfig, books: Books, say: Say, given: Given = EMPTY
+    held: HeldOut, config: CompareConfig, books: Books, given: Given, say: Say
 ) -> dict[Any, Values]:
     "What every method gives for every seed. Raises `ValueError` for held-out books that were read."
     pairs = [(method, seed) for method in config.methods for seed in range(config.seeds)]
@@ -59,7 +57,7 @@ def ask_all(
         settings = given.get(method, {})
         facts = [method, seed, fingerprint(rows), *config.budgets]
         if settings: facts.append(json.dumps(plain_settings(settings), sort_keys=True))
-        asking = partial(ask, held.model, method, rows, seed, config.budgets, settings)
+        asking = partial(ask, held.model, method, rows, seed, config.budgets, **settings)
         answers[method, seed] = held.once("asked", facts, asking)
     read = {row for found in answers.values() for row in found["seen"]}
     kept = {hash_of(ids) for batch, *_ in held.asked for ids in batch}
@@ -158,7 +156,7 @@ def compare_selections(
     log: str | Path | None = None,  # keeps every measurement, to go on from
     repair: Repair | None = None,  # the distilled hybrid of some layers
     lead: Ranking | None = None,  # is looked at closely; by default that of the first method
-    given: Given = EMPTY,  # settings of selectors, by name; else their defaults
+    given: Given | None = None,  # settings of selectors, by name; else their defaults
     facts: Mapping[str, Any] | None = None,
     say: Say = lambda line: None,
     **settings: Any,
@@ -169,9 +167,9 @@ def compare_selections(
     that are both read and held out."""
     config = config or CompareConfig.make(settings)
     check_budgets(config, model.num_layers)
-    held = HeldOut(model, held_out, config.count, batch_size=config.batch_size,
-                   log=log)
-    answers = ask_all(held, config, books, say, given)
+    given = given or {}
+    held = HeldOut(model, held_out, config.count, batch_size=config.batch_size, log=log)
+    answers = ask_all(held, config, books, given, say)
     sets = [answer["sets"][str(budget)] for answer in answers.values() for budget in config.budgets]
     found = measured(held, sets, config.steps, repair, say)
     known = tables(held, config, say)
