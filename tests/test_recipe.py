@@ -10,9 +10,9 @@ import torch
 from small import save_teacher, small_recipe
 
 from flashmorph.run.materials import Materials, check_materials
+from flashmorph.run.paths import absolute, with_absolute_paths
 from flashmorph.run.recipe import (
-    TABLES, Recipe, absolute, load_recipe, recipe_from_dict, recipe_toml, save_recipe,
-    with_absolute_paths,
+    TABLES, Recipe, load_recipe, recipe_from_dict, recipe_toml, save_recipe,
 )
 
 

@@ -6,15 +6,14 @@
 from __future__ import annotations
 import io, json, sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import typer
 from .evaluation import (
     PASSED_ON, BatchSize, Keys, Length, WordsPerKey, evaluate, harness, listed, whole_numbers)
-from flashmorph.run.terminal import (
-    OneLineErrors, console, plain_errors, show, show_progress, show_step,
-)
+from .recipes import recipes_command
+from .terminal import (
+    OneLineErrors, console, plain_errors, show, show_progress, show_step)
 from ..selection import Selection
 from ..serve.export import export_command
 from ..store import write_aside
@@ -73,7 +72,7 @@ def show_plan(recipe: Path, changes: list[str]) -> None:
 @app.command()
 def convert(
     recipe: Annotated[Path | None, typer.Argument(
-        help="Recipe: a TOML file, `demo` or `longer`; not needed with --resume.")] = None,
+        help="A TOML file or a name (see `recipes`); not needed with --resume.")] = None,
     out: Annotated[Path, typer.Option(
         help="Run folder; never written over unless told to.")] = Path("runs/convert"),
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
@@ -91,10 +90,12 @@ def demo(
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
 ) -> None:
     "The whole story on the bundled teacher: a table and a report at the end."
-    shipped = Path(str(files("flashmorph") / "static" / "demo.toml"))
-    recipe = None if resume else shipped
+    recipe = None if resume else Path("demo")
     asked = [f"mixer={mixer}"] if mixer else []
     run_recipe(recipe, out, [*asked, *(changes or [])], resume, overwrite)
+
+# %% ../../nbs/990_run.cli.ipynb #9a77c47c
+app.command("recipes")(recipes_command)
 
 # %% ../../nbs/990_run.cli.ipynb #ef9973ff
 def selected(run: Path, method: str | None, budget: int, settings: dict[str, Any]) -> Selection:

@@ -23,7 +23,8 @@ from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
 from .materials import (
     Materials, check_materials, digest_of, rank_layers, recipe_facts, sets_of, stage_facts)
-from .recipe import Recipe, load_recipe, named_paths, save_recipe, with_absolute_paths
+from .paths import named_paths, with_absolute_paths
+from .recipe import Recipe, load_recipe, save_recipe
 from ..selection import Selection
 from ..show.report import write_report
 from ..store import read_json, write_aside

@@ -4,9 +4,9 @@
 
 # %% ../../nbs/800_run.recipe.ipynb #16615ad6
 from __future__ import annotations
-import os, tomllib, typing
+import tomllib, typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,14 +23,21 @@ from ..settings import Settings, setting
 from ..store import nearest, write_aside
 from ..train.align import AlignConfig
 from ..train.distill import DistillConfig, FinetuneConfig
+from ..train.objective import FitConfig, with_steps
 
 # %% auto #0
-__all__ = ['TABLES', 'COMPARE', 'SIZES', 'inherited', 'NoRank', 'table_kind', 'ranking_table', 'check_compare', 'check_recipe',
-           'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape', 'recipe_from_dict', 'parsed', 'changed',
-           'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe', 'absolute', 'named_paths',
-           'with_absolute_source', 'with_absolute_paths']
+__all__ = ['STAGES', 'TABLES', 'COMPARE', 'SIZES', 'ROWS', 'WHERE', 'inherited', 'NoRank', 'table_kind', 'ranking_table',
+           'check_compare', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape',
+           'recipe_from_dict', 'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml',
+           'save_recipe']
 
 # %% ../../nbs/800_run.recipe.ipynb #598d9114
+STAGES: dict[str, type[FitConfig]] = {
+    "align": AlignConfig,
+    "gates": GatesConfig,
+    "distill": DistillConfig,
+    "finetune": FinetuneConfig,
+}
 TABLES: dict[str, type[Settings]] = {
     "text": TextConfig,
     "passkeys": PasskeysConfig,
@@ -43,6 +50,8 @@ TABLES: dict[str, type[Settings]] = {
 }
 COMPARE = ("all_linear", "uniform")
 SIZES = ("length", "keys", "words_per_key")
+ROWS = {"align": "text", "gates": "passkeys", "distill": "text", "finetune": "passkeys"}
+WHERE = ("split", "subset", "column", "sample_by")
 
 # %% ../../nbs/800_run.recipe.ipynb #7ccc7b5b
 def inherited(table: Any, source: Settings, sizes: Settings | None = None) -> Any:
@@ -121,7 +130,8 @@ class Recipe(Settings):
     `method` names the selector that chooses them (see `SELECTORS`), with its settings in `rank`.
     `full_rope` and `logit_scale` are options of `commit`; `compare` names further hybrids to build,
     train and evaluate in the same way. `text.passkeys` is the share of passkey books among the
-    rows of stages 1 and 3. A stage with `steps = 0` is left out. Tables may be given as mappings.
+    rows of stages 1 and 3. A stage with `steps = 0` is left out. Tables may be given as mappings,
+    those of stages with `tokens` in place of `steps`, as `"320M"`.
     Raises `ValueError` for whatever is unknown, of a wrong type, or out of its range."""
     teacher: str = BUNDLED
     mixer: str = "lightning"
@@ -151,6 +161,8 @@ class Recipe(Settings):
         if name == "rank": table = ranking_table(table, self.method, self.budget)
         if not isinstance(table, (Mapping, kind)):
             raise ValueError(f"{name}: expected a table, got {table!r}")
+        if name in STAGES and isinstance(table, Mapping):
+            table = with_steps(STAGES[name], table, self[ROWS[name]]["length"])
         if name == "passkeys": table = inherited(table, self.text)
         if name == "evaluate": table = inherited(table, self.text, self.passkeys)
         return kind.make(table)
@@ -210,13 +222,16 @@ def changed(values: dict[str, Any], change: str) -> None:
         raise ValueError(f"--set {change}: unknown table {name!r}; {nearest(table[0], TABLES)}")
     place = values.setdefault(table[0], {}) if table else values
     if not isinstance(place, dict): raise ValueError(f"recipe: {table[0]}: expected a table")
+    # one of the two, and where a text lies goes with its source
+    other = {"steps": ["tokens"], "tokens": ["steps"], "source": WHERE}.get(key, ())
+    for name in other if table else (): place.pop(name, None)
     place[key] = parsed(value)
 
 # %% ../../nbs/800_run.recipe.ipynb #f55cbee7
 def shipped_recipes() -> dict[str, Path]:
     "The recipes that come with the package, by name."
-    folder = Path(str(files("flashmorph") / "static"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    folder = Path(str(files("flashmorph") / "static" / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 # %% ../../nbs/800_run.recipe.ipynb #426ee574
 def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
@@ -225,16 +240,18 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     `path` may be the name of one that comes with the package. Raises `ValueError`."""
     path = Path(path).expanduser()
     known = shipped_recipes()
-    if not path.exists(): path = known.get(str(path), path)
+    if not path.is_file(): path = known.get(str(path), path)
     if not path.is_file():
-        raise ValueError(f"recipe {path}: no such file; recipes by name: {', '.join(known)}")
+        raise ValueError(f"recipe {path}: no such file; {nearest(path, known)}")
     try:
         values = tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ValueError(f"recipe {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
-    for change in changes: changed(values, change)
+    # a new source first: what the others say is about the new one
+    for change in sorted(changes, key=lambda change: ".source=" not in change):
+        changed(values, change)
     return recipe_from_dict(values)
 
 # %% ../../nbs/800_run.recipe.ipynb #13f7af01
@@ -264,32 +281,3 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     "Write a recipe to a file, whole or not at all."
     written = recipe_toml(recipe)
     write_aside(path, lambda aside: aside.write_text(written, encoding="utf-8"))
-
-# %% ../../nbs/800_run.recipe.ipynb #b4cb2c61
-def absolute(name: str) -> str:
-    "A path that exists, from the root; other names (`bundled`, `stories`, the hub's) as they are."
-    path = os.path.expanduser(name)
-    if name in (BUNDLED, "stories") or not os.path.exists(path): return name
-    return os.path.abspath(path)
-
-# %% ../../nbs/800_run.recipe.ipynb #9140a888
-def named_paths(recipe: Recipe) -> list[str]:
-    "The names of teacher and texts, each perhaps a path."
-    names = [recipe.teacher]
-    for table in (recipe.text, recipe.passkeys, recipe.evaluate):
-        names += [table.source] if isinstance(table.source, str) else table.source
-    return names
-
-# %% ../../nbs/800_run.recipe.ipynb #1f35811a
-def with_absolute_source(table: Any) -> Any:
-    "A table with the paths of its texts from the root."
-    source = table.source
-    if isinstance(source, str): return replace(table, source=absolute(source))
-    return replace(table, source=tuple(map(absolute, source)))
-
-# %% ../../nbs/800_run.recipe.ipynb #04e81b4e
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    "The recipe with the paths of its teacher and its texts from the root."
-    names = ("text", "passkeys", "evaluate")
-    tables = {name: with_absolute_source(recipe[name]) for name in names}
-    return replace(recipe, teacher=absolute(recipe.teacher), **tables)

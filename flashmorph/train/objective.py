@@ -4,9 +4,10 @@
 
 # %% ../../nbs/410_train.objective.ipynb #5ff22c63
 from __future__ import annotations
-import contextlib, math
+import contextlib, math, os, re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from ..model.parts import idle_parameters
 from ..settings import Settings, setting
 
 # %% auto #0
-__all__ = ['MOST', 'C', 'Total', 'FitConfig', 'stage_settings', 'Objective', 'flags_kept', 'thaw', 'FitResult', 'Callback']
+__all__ = ['MOST', 'C', 'COUNTS', 'Total', 'FitConfig', 'stage_settings', 'token_count', 'with_steps', 'Objective', 'flags_kept',
+           'thaw', 'FitResult', 'Callback']
 
 # %% ../../nbs/410_train.objective.ipynb #ef3ab6ea
 MOST = 10**9            # more steps or rows than anybody waits for
@@ -62,6 +64,31 @@ def stage_settings(
     "The checked settings of a stage, and its run; the keyword `folder` is an older name of `run`."
     run = settings.pop("folder", run)
     return kind.make(config, **settings), run
+
+# %% ../../nbs/410_train.objective.ipynb #496c6f32
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def token_count(name: str, value: Any) -> int:
+    "The tokens that `value` counts, as 320_000 or `\"320K\"`. Raises `ValueError` with the `name`."
+    parts = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([KMBT]?)", str(value).strip().upper())
+    count = Decimal(parts[1]) * COUNTS[parts[2]] if parts else Decimal("0.5")
+    if count == int(count): return int(count)
+    raise ValueError(f"{name}: expected a count of tokens such as 320_000_000 or \"320M\" "
+                     f"(K, M, B and T are thousands to trillions), got {value!r}")
+
+# %% ../../nbs/410_train.objective.ipynb #a0128fc6
+def with_steps(kind: type[FitConfig], table: Mapping[str, Any], length: int) -> Mapping[str, Any]:
+    """The settings of a stage with `steps` in place of `tokens`, for rows of `length` tokens.
+
+    Raises `ValueError` for both at once, for what is no count, and as `kind` does."""
+    if "tokens" not in table: return table
+    if "steps" in table: raise ValueError(f"{kind.table}: expected steps or tokens, got both")
+    rest = {key: value for key, value in table.items() if key != "tokens"}
+    tokens = token_count(f"{kind.table}.tokens", table["tokens"])
+    config = kind.make(rest, steps=1)
+    rows = config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    return {**rest, "steps": math.ceil(tokens / (rows * length))}
 
 # %% ../../nbs/410_train.objective.ipynb #daad6035
 Total = Callable[[Tensor], Tensor]
