@@ -5,7 +5,7 @@
 # %% ../../nbs/650_choose.ablate.ipynb #46b07daf
 from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 import torch
@@ -14,17 +14,16 @@ from .gates import answer_positions
 from .rank import Scoring, as_ranking, register_selector, weights_digest
 from ..data.mixture import batches
 from ..ledger import short_hash
-from ..model.logits import divergence
+from ..model.logits import token_divergence
 from ..model.morph import MorphableModel
 from ..model.recompute import Tape, shares_blocks
 from ..selection import Ranking, check_layers
-from ..settings import setting
 from ..store import EventLog, checksum
 
 # %% auto #0
 __all__ = ['Asked', 'Positions', 'Part', 'asked_of', 'books_digest', 'digest_of', 'measured_in', 'in_tape_order',
-           'AnswerDivergence', 'sum_over', 'note', 'measure', 'equivalents', 'facts_of', 'without', 'remove_one',
-           'add_one', 'leaving', 'by_place', 'eliminate', 'gather', 'Eliminate', 'by_divergence']
+           'AnswerDivergence', 'book_sums', 'note', 'ask_batch', 'values_of', 'measure', 'equivalents', 'facts_of',
+           'without', 'remove_one', 'add_one', 'by_place', 'gather', 'by_divergence']
 
 # %% ../../nbs/650_choose.ablate.ipynb #c7d35f7d
 Asked = tuple[Tensor, Tensor | None, Tensor, Tensor]      # ids, mask, where, the teacher's states
@@ -61,14 +60,14 @@ Part = tuple[tuple[int, ...], int]                          # a set of layers, a
 
 def measured_in(
     log: EventLog | None, stage: str
-) -> tuple[dict[tuple[int, ...], float], dict[Part, float]]:
-    "What a file holds of a stage: values of whole sets, and sums over one batch of a set."
+) -> tuple[dict[tuple[int, ...], float], dict[Part, list[float]]]:
+    "What a file holds of a stage: values of whole sets, and of each book of one batch of a set."
     known: dict[tuple[int, ...], float] = {}
-    parts: dict[Part, float] = {}
+    parts: dict[Part, list[float]] = {}
     for event in () if log is None else log.stage(stage):
         kept = tuple(event["full"])
-        if "batch" in event: parts[kept, event["batch"]] = float(event["sum"])
-        else: known[kept] = float(event["divergence"])
+        if "books" in event: parts[kept, event["batch"]] = event["books"]
+        elif "divergence" in event: known[kept] = float(event["divergence"])
     return known, parts
 
 
@@ -82,9 +81,9 @@ class AnswerDivergence:
     """KL(teacher || model with some layers full) over the answers of `books`, in nats a token.
 
     Reads `count` books (all, if None) and keeps the teacher's hidden states of their answers.
-    Counts sets asked as forward `passes`, and the blocks that `ran` where layers are shared.
-    `log`: a file that keeps what was measured. Raises `ValueError` for books without answers, and
-    if there are too few."""
+    Counts the `tokens` that were read, forward `passes` over all books, and the blocks that `ran`
+    where layers are shared. `log`: a file that keeps what was measured. Raises `ValueError` for
+    books without answers, and if there are too few."""
     what = "divergence"
 
     def __init__(
@@ -98,18 +97,24 @@ class AnswerDivergence:
         self.data, self.weights = books_digest(self.asked), weights_digest(model)
         self.digest = short_hash(self.weights, self.data)
         self.share = share and shares_blocks(model)
-        self.passes, self.ran = 1, 0
+        self.tokens, self.ran = self.all_tokens, 0
         self.stage = f"{self.what} {self.digest}"
         self.log = None if log is None else EventLog(log)
         self.known, self.parts = measured_in(self.log, self.stage)
 
     def where(self, batch: Mapping[str, Tensor]) -> Tensor: return answer_positions(batch)
 
-    def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> float:
-        "The sum over the positions of a batch, from the hidden states of the mix and the teacher."
-        return divergence(self.model, self.model, mixed, target).item() * len(target)
+    def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> Tensor:
+        "A value for each of N positions (N,), from hidden states (N, D) of the mix and the teacher."
+        return token_divergence(self.model, self.model, mixed, target)
 
     def __call__(self, full: Iterable[int]) -> float: return self.many([full])[0]
+
+    def books(self, sets: Iterable[Iterable[int]], count: int) -> Tensor:
+        """Values of sets book by book (S, N), float64: of the first `count` books, and what is left
+        of their last batch. The mean over all books is the value of a set."""
+        wanted = [tuple(check_layers(full, self.model.num_layers)) for full in sets]
+        return values_of(self, wanted, count)
 
     def many(self, sets: Iterable[Iterable[int]]) -> list[float]:
         "The values of several sets, those that are not known in the order that shares most."
@@ -118,15 +123,24 @@ class AnswerDivergence:
         return [self.known[kept] for kept in wanted]
 
     @property
-    def tokens(self) -> int: return self.passes * sum(ids.numel() for ids, *_ in self.asked)
+    def count(self) -> int: return sum(len(ids) for ids, *_ in self.asked)
+
+    @property
+    def all_tokens(self) -> int: return sum(ids.numel() for ids, *_ in self.asked)
+
+    @property
+    def passes(self) -> float: return self.tokens / self.all_tokens
 
 # %% ../../nbs/650_choose.ablate.ipynb #7bac0311
 @torch.no_grad()
-def sum_over(far: AnswerDivergence, tape: Tape, batch: int, kept: tuple[int, ...]) -> float:
-    "The sum over the answers of one batch, with the blocks that the tape knows."
+def book_sums(
+    far: AnswerDivergence, tape: Tape, batch: int, kept: tuple[int, ...]
+) -> list[float]:
+    "The sum over the answers of each book of a batch, with the blocks that the tape knows."
     ids, mask, where, target = far.asked[batch]
     hidden = tape.hidden(ids, mask, kept)
-    return far.loss(hidden[where], ids, where, target)
+    values = far.loss(hidden[where], ids, where, target).double()
+    return [part.sum().item() for part in values.split(where.sum(1).tolist())]
 
 
 def note(far: AnswerDivergence, event: dict[str, Any]) -> None:
@@ -135,19 +149,37 @@ def note(far: AnswerDivergence, event: dict[str, Any]) -> None:
     if far.log: far.log.append({"stage": far.stage, "step": step, **event})
 
 
+def ask_batch(far: AnswerDivergence, batch: int, sets: Sequence[tuple[int, ...]]) -> None:
+    "Ask one batch for each of `sets` that it was not asked for."
+    tape = Tape(far.model, far.share)
+    for kept in sets:
+        if (kept, batch) in far.parts: continue
+        values = far.parts[kept, batch] = book_sums(far, tape, batch, kept)
+        far.tokens += far.asked[batch][0].numel()
+        note(far, {"full": list(kept), "batch": batch, "books": values})
+    far.ran += tape.ran
+
+
+def values_of(far: AnswerDivergence, sets: Sequence[tuple[int, ...]], count: int) -> Tensor:
+    "The values of sets, book by book, of at least `count` books, in whole batches (S, N)."
+    order = in_tape_order({*sets}, far.model.num_layers)
+    read = answers = batch = 0
+    while read < min(count, far.count):
+        ask_batch(far, batch, order)
+        ids, *_, target = far.asked[batch]
+        read, answers, batch = read + len(ids), answers + len(target), batch + 1
+    sums = [[x for i in range(batch) for x in far.parts[kept, i]] for kept in sets]
+    return torch.tensor(sums, dtype=torch.float64) * (read / answers)
+
+
 def measure(far: AnswerDivergence, sets: Sequence[tuple[int, ...]]) -> None:
     "Ask for each of `sets`, batch by batch, so that one batch is on the tape at a time."
-    for batch in range(len(far.asked)):
-        tape = Tape(far.model, far.share)
-        for kept in sets:
-            if (kept, batch) in far.parts: continue
-            value = far.parts[kept, batch] = sum_over(far, tape, batch, kept)
-            note(far, {"full": list(kept), "batch": batch, "sum": value})
-        far.ran += tape.ran
+    every = range(len(far.asked))
+    for batch in every: ask_batch(far, batch, sets)
     count = sum(len(target) for *_, target in far.asked)
     for kept in sets:
-        far.passes += 1
-        far.known[kept] = sum(far.parts[kept, batch] for batch in range(len(far.asked))) / count
+        total = sum(sum(far.parts[kept, batch]) for batch in every)
+        far.known[kept] = total / count
         note(far, {"full": list(kept), "divergence": far.known[kept]})
 
 # %% ../../nbs/650_choose.ablate.ipynb #3de66582
@@ -158,7 +190,7 @@ def equivalents(far: AnswerDivergence) -> float:
 
 def facts_of(far: AnswerDivergence) -> dict[str, Any]:
     "What a ranking records of its measurements."
-    return {"tokens": far.tokens, "passes": far.passes, "equivalents": equivalents(far),
+    return {"tokens": far.tokens, "passes": round(far.passes, 2), "equivalents": equivalents(far),
             "data": far.data[:16], "model": far.weights[:16]}
 
 # %% ../../nbs/650_choose.ablate.ipynb #b1c45e86
@@ -180,41 +212,12 @@ def add_one(far: AnswerDivergence) -> Ranking:
     scores = [nothing - value for value in alone]
     return replace(as_ranking(scores, "add-one"), digest=far.digest)
 
-# %% ../../nbs/650_choose.ablate.ipynb #5c022cca
-def leaving(far: AnswerDivergence, left: Sequence[int], share: float) -> list[int]:
-    """The layers of `left` that leave in one round, the one that is missed least first.
-
-    At most `share` of them, and at least one. Together they may lose twice what they lose one by
-    one, and a hundredth of what all layers lose; if they lose more, half of them is tried."""
-    missed = without(far, left)
-    # of equal layers the higher index leaves, as a ranking keeps the lower one
-    order = sorted(left, key=lambda i: (missed[i], -i))
-    many = max(1, int(share * len(left)))
-    while many > 1:
-        gone = order[:many]
-        before, together, nothing = far.many([left, {*left} - {*gone}, ()])
-        alone = sum(max(0.0, missed[i] - before) for i in gone)
-        if together - before <= 2 * alone + nothing / 100: break
-        many //= 2
-    return order[:many]
-
 # %% ../../nbs/650_choose.ablate.ipynb #3f3e3097
 def by_place(order: Sequence[int], method: str, digest: str) -> Ranking:
     "The ranking of `order`, most worth keeping first: the first of L layers scores L."
     count = len(order)
     scores = [float(count - list(order).index(i)) for i in range(count)]
     return replace(as_ranking(scores, method), digest=digest)
-
-
-def eliminate(far: AnswerDivergence, share: float = 0.25) -> Ranking:
-    "Remove the layers that the answers miss least, a `share` of those left, and ask again."
-    left = list(range(far.model.num_layers))
-    gone: list[int] = []
-    while left:
-        for layer in leaving(far, left, share):
-            left.remove(layer)
-            gone.append(layer)
-    return by_place(gone[::-1], "eliminate", far.digest)
 
 
 def gather(far: AnswerDivergence) -> Ranking:
@@ -227,12 +230,6 @@ def gather(far: AnswerDivergence) -> Ranking:
     return by_place(found, "gather", far.digest)
 
 # %% ../../nbs/650_choose.ablate.ipynb #4473dee0
-@dataclass(frozen=True, kw_only=True)
-class Eliminate(Scoring):
-    "Settings of `eliminate`: the `share` of the layers left that may leave in one round."
-    share: float = setting(0.25, low=0, high=1)
-
-
 def by_divergence(
     name: str, ask: Callable[..., Ranking], settings: type[Scoring] = Scoring,
     measure: type[AnswerDivergence] = AnswerDivergence,
@@ -251,5 +248,4 @@ def by_divergence(
 
 by_divergence("remove-one", remove_one)
 by_divergence("add-one", add_one)
-by_divergence("eliminate", eliminate, Eliminate)
 by_divergence("gather", gather)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from flashmorph.choose.ablate import (
-    AnswerDivergence, add_one, by_divergence, facts_of, remove_one, sum_over, without,
+    AnswerDivergence, add_one, book_sums, by_divergence, facts_of, remove_one, without,
 )
 from flashmorph.choose.rank import (
     Memo, OneBudget, Scoring, as_ranking, register_selector, weights_digest,
@@ -115,16 +115,16 @@ class AnswerLoss(AnswerDivergence):
     "Mean loss on the tokens of the right answers, in nats; see `AnswerDivergence`."
     what = "answer loss"
 
-    def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> float:
-        return scores_from_hidden(self.model, mixed, ids.roll(-1, 1)[where])[0].sum().item()
+    def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> Tensor:
+        return scores_from_hidden(self.model, mixed, ids.roll(-1, 1)[where])[0]
 
 
 class AnswerRecall(AnswerDivergence):
     "The share of answer tokens that are predicted right."
     what = "answer recall"
 
-    def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> float:
-        return scores_from_hidden(self.model, mixed, ids.roll(-1, 1)[where])[1].sum().item()
+    def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> Tensor:
+        return scores_from_hidden(self.model, mixed, ids.roll(-1, 1)[where])[1]
 
 # %% ../../nbs/670_choose.scores.ipynb #ebcb36e9
 class TextLoss(AnswerLoss):
@@ -229,8 +229,8 @@ def by_silence(model: MorphableModel, books: Iterable, config: Scoring, log: Any
     def recall_without(layer: int) -> float:
         parts = range(len(full.asked))
         with silent(model, layer):
-            right = [sum_over(full, Tape(model, share=False), i, tuple(every)) for i in parts]
-        return sum(right) / sum(len(target) for *_, target in full.asked)
+            right = [book_sums(full, Tape(model, share=False), i, tuple(every)) for i in parts]
+        return sum(map(sum, right)) / sum(len(target) for *_, target in full.asked)
 
     base = memo([-1], lambda: full(every))
     results = [memo([layer], partial(recall_without, layer)) for layer in every]

@@ -7,7 +7,8 @@ from __future__ import annotations
 import itertools, math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from .ablate import AnswerDivergence, by_divergence, eliminate
+from .ablate import AnswerDivergence, by_divergence
+from .race import eliminate, race
 from .rank import OneBudget, check_fits
 from ..selection import Ranking, check_budget
 from ..settings import setting
@@ -66,11 +67,10 @@ def swap(far: AnswerDivergence, start: Ranking, budget: int, reach: int = 3) -> 
     while True:
         leave = [i for i in kept if i in movable]
         come = [i for i in movable if i not in kept]
-        others = [{*kept} - {i} | {c} for i in leave for c in come]
-        [one] = best(far, [kept, *others])
-        # an exchange has to help, so the search ends
+        sets = [{*kept}, *({*kept} - {i} | {c} for i in leave for c in come)]
+        one = sets[race(far, sets)]
         if far(one) >= far(kept): return found(kept, start.order, "swap", far)
-        kept = one
+        kept = tuple(one)
 
 # %% ../../nbs/660_choose.search.ipynb #8c5b160d
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ class Beam(OneBudget):
 @dataclass(frozen=True, kw_only=True)
 class Swap(OneBudget):
     "Settings of `swap`: layers on each side of the cut that may change sides."
+    count: int | None = setting(64, low=1, high=10**9)
     reach: int = setting(3, low=1)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 # %% auto #0
 __all__ = ['LOGITS', 'host_of', 'hidden_states', 'valid', 'HiddenOutput', 'HandThrough', 'logits_from_hidden', 'chunked_mean',
-           'divergence']
+           'divergence', 'token_divergence']
 
 # %% ../../nbs/380_model.logits.ipynb #b91d8dc9
 def host_of(model: nn.Module) -> PreTrainedModel:
@@ -109,3 +109,21 @@ def divergence(
             return F.kl_div(q, p, reduction="sum", log_target=True) * tau**2
 
         return chunked_mean(kl, host_of(student).config.vocab_size, ours, theirs)
+
+# %% ../../nbs/380_model.logits.ipynb #fe6a0f4f
+@torch.no_grad()
+def token_divergence(
+    student: nn.Module,
+    teacher: nn.Module,
+    ours: Tensor,  # hidden states of the student, (N, D)
+    theirs: Tensor,  # hidden states of the teacher at the same tokens, (N, D')
+) -> Tensor:
+    "KL(teacher || student) of each of N tokens, in nats (N,), float64."
+    size = max(1, LOGITS // host_of(student).config.vocab_size)
+    found = []
+    with logits_from_hidden(teacher) as target, logits_from_hidden(student) as logits:
+        for s, t in zip(ours.split(size), theirs.split(size), strict=True):
+            q, p = logits(s).float().log_softmax(-1), target(t).float().log_softmax(-1)
+            kl = F.kl_div(q, p, reduction="none", log_target=True)
+            found.append(kl.double().sum(-1))
+    return torch.cat(found)
