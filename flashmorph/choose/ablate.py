@@ -22,7 +22,7 @@ from ..store import EventLog, checksum
 
 # %% auto #0
 __all__ = ['Asked', 'Positions', 'Part', 'asked_of', 'books_digest', 'digest_of', 'measured_in', 'in_tape_order',
-           'AnswerDivergence', 'book_sums', 'note', 'ask_batch', 'values_of', 'measure', 'equivalents', 'facts_of',
+           'AnswerDivergence', 'book_sums', 'note', 'ask_batch', 'measure', 'values_of', 'equivalents', 'facts_of',
            'without', 'remove_one', 'add_one', 'by_place', 'gather', 'by_divergence']
 
 # %% ../../nbs/650_choose.ablate.ipynb #c7d35f7d
@@ -105,7 +105,7 @@ class AnswerDivergence:
     def where(self, batch: Mapping[str, Tensor]) -> Tensor: return answer_positions(batch)
 
     def loss(self, mixed: Tensor, ids: Tensor, where: Tensor, target: Tensor) -> Tensor:
-        "A value for each of N positions (N,), from hidden states (N, D) of the mix and the teacher."
+        "A value for each of N positions (N,), from the hidden states (N, D) of mix and teacher."
         return token_divergence(self.model, self.model, mixed, target)
 
     def __call__(self, full: Iterable[int]) -> float: return self.many([full])[0]
@@ -160,18 +160,6 @@ def ask_batch(far: AnswerDivergence, batch: int, sets: Sequence[tuple[int, ...]]
     far.ran += tape.ran
 
 
-def values_of(far: AnswerDivergence, sets: Sequence[tuple[int, ...]], count: int) -> Tensor:
-    "The values of sets, book by book, of at least `count` books, in whole batches (S, N)."
-    order = in_tape_order({*sets}, far.model.num_layers)
-    read = answers = batch = 0
-    while read < min(count, far.count):
-        ask_batch(far, batch, order)
-        ids, *_, target = far.asked[batch]
-        read, answers, batch = read + len(ids), answers + len(target), batch + 1
-    sums = [[x for i in range(batch) for x in far.parts[kept, i]] for kept in sets]
-    return torch.tensor(sums, dtype=torch.float64) * (read / answers)
-
-
 def measure(far: AnswerDivergence, sets: Sequence[tuple[int, ...]]) -> None:
     "Ask for each of `sets`, batch by batch, so that one batch is on the tape at a time."
     every = range(len(far.asked))
@@ -181,6 +169,18 @@ def measure(far: AnswerDivergence, sets: Sequence[tuple[int, ...]]) -> None:
         total = sum(sum(far.parts[kept, batch]) for batch in every)
         far.known[kept] = total / count
         note(far, {"full": list(kept), "divergence": far.known[kept]})
+
+# %% ../../nbs/650_choose.ablate.ipynb #c249565a
+def values_of(far: AnswerDivergence, sets: Sequence[tuple[int, ...]], count: int) -> Tensor:
+    "The values of sets, book by book, of at least `count` books, in whole batches (S, N)."
+    order = in_tape_order({*sets}, far.model.num_layers)
+    read = answers = batch = 0
+    while read < min(count, far.count):
+        ask_batch(far, batch, order)
+        ids, *_, target = far.asked[batch]
+        read, answers, batch = read + len(ids), answers + len(target), batch + 1
+    sums = [sum((far.parts[kept, i] for i in range(batch)), []) for kept in sets]
+    return torch.tensor(sums, dtype=torch.float64) * (read / answers)
 
 # %% ../../nbs/650_choose.ablate.ipynb #3de66582
 def equivalents(far: AnswerDivergence) -> float:
