@@ -4,6 +4,7 @@
 
 # %% ../../nbs/650_choose.ablate.ipynb #46b07daf
 from __future__ import annotations
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -174,13 +175,15 @@ def measure(far: AnswerDivergence, sets: Sequence[tuple[int, ...]]) -> None:
 def values_of(far: AnswerDivergence, sets: Sequence[tuple[int, ...]], count: int) -> Tensor:
     "The values of sets, book by book, of at least `count` books, in whole batches (S, N)."
     order = in_tape_order({*sets}, far.model.num_layers)
-    read = answers = batch = 0
-    while read < min(count, far.count):
-        ask_batch(far, batch, order)
-        ids, *_, target = far.asked[batch]
-        read, answers, batch = read + len(ids), answers + len(target), batch + 1
-    sums = [sum((far.parts[kept, i] for i in range(batch)), []) for kept in sets]
-    return torch.tensor(sums, dtype=torch.float64) * (read / answers)
+    ends = [*itertools.accumulate(len(ids) for ids, *_ in far.asked)]
+    used = range(min(len(ends), 1 + sum(end < count for end in ends)))
+    for batch in used: ask_batch(far, batch, order)
+    answers = sum(len(far.asked[batch][-1]) for batch in used)
+
+    def by_book(kept: tuple[int, ...]) -> list[float]:
+        return [x for batch in used for x in far.parts[kept, batch]]
+    sums = torch.tensor([by_book(kept) for kept in sets], dtype=torch.float64)
+    return sums * (ends[used[-1]] / answers)
 
 # %% ../../nbs/650_choose.ablate.ipynb #3de66582
 def equivalents(far: AnswerDivergence) -> float:
