@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 import torch
 from ..choose.gates import train_gates
+from ..measure.cost import CostModel
+from ..measure.pace import DTYPES, SHAPES, random_model
 from ..measure.speed import median_ratio
+from ..measure.spend import Passes
 from ..model.morph import MorphableModel, morph
 from ..model.teacher import load_teacher
-from ..ops.meter import check_device, machine, peak_bytes, timed
+from ..ops.meter import ceilings, check_device, machine, peak_bytes, timed
 from ..settings import Settings, setting
 from ..train.fit import Callback
 
 # %% auto #0
-__all__ = ['Rows', 'GateBench', 'bench_rows', 'forward_passes', 'contenders', 'take_turns', 'in_kernel', 'monitored', 'described',
-           'summed', 'row_line', 'monitor_line', 'gates_lines', 'bench_gates']
+__all__ = ['Rows', 'GateBench', 'teacher_of', 'bench_rows', 'forward_passes', 'contenders', 'take_turns', 'in_kernel',
+           'monitored', 'described', 'needed', 'summed', 'row_line', 'monitor_line', 'gates_lines', 'bench_gates']
 
 # %% ../../nbs/840_run.bench.ipynb #dbdbe650
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class GateBench(Settings):
     steps: int = setting(50, low=1)  # of each training, as many as in the demo
     repeats: int = setting(7, low=1)  # of everything; medians are reported
     device: str = "cpu"
+    dtype: str = setting("float32", choices=tuple(DTYPES))
 
     def check(self) -> None: check_device(self.device)
 
@@ -42,6 +46,19 @@ class GateBench(Settings):
     def sizes(self) -> dict[str, int]:
         "What the result says of itself."
         return {name: self[name] for name in ("length", "batch_size", "steps", "repeats")}
+
+# %% ../../nbs/840_run.bench.ipynb #ee41fc6c
+def teacher_of(name: str, settings: GateBench) -> tuple[Any, Any]:
+    "A teacher on the device, and a tokenizer; that of the bundled teacher for a shape."
+    dtype = DTYPES[settings.dtype]
+    model: Any
+    if name.lower() not in SHAPES: model, tokenizer = load_teacher(name, dtype=dtype)
+    else:
+        tokenizer = load_teacher()[1]
+        model = random_model(name.lower(), dtype, settings.device)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"teacher: the shape {name!r} has fewer tokens than a book needs")
+    return model.to(settings.device), tokenizer
 
 # %% ../../nbs/840_run.bench.ipynb #be000007
 Rows = list[dict[str, torch.Tensor]]
@@ -107,27 +124,43 @@ def monitored(seconds: dict[str, list[float]], drawn: list[float]) -> dict[str, 
 def described(model: MorphableModel, settings: GateBench) -> dict[str, Any]:
     "What was timed."
     parameters = sum(p.numel() for p in model.host.parameters())
-    about = {"layers": model.num_layers, "parameters": parameters, "mixer": model.mixer}
+    about = {"layers": model.num_layers, "parameters": parameters, "mixer": model.mixer,
+             "dtype": settings.dtype}
     return {"model": about, "sizes": settings.sizes}
+
+
+def needed(model: MorphableModel, settings: GateBench) -> dict[str, int]:
+    "FLOPs that a step takes at least, by what is timed: products only, none of them twice."
+    passes = Passes(CostModel(model.host.config, model.mixer), settings.length)
+    one = {"forward": passes.teacher, "gate step": passes.gates()}
+    return {name: settings.batch_size * flops for name, flops in one.items()}
 
 # %% ../../nbs/840_run.bench.ipynb #03816bb4
 def summed(
-    seconds: dict[str, list[float]], peaks: dict[str, int], drawn: list[float], settings: GateBench
+    seconds: dict[str, list[float]], peaks: dict[str, int], drawn: list[float],
+    settings: GateBench, flops: dict[str, int], ceiling: float,
 ) -> dict[str, Any]:
-    "`rows` and `monitor` of the result."
+    "`rows` and `monitor` of the result; `ceiling`: FLOP/s of one large product."
     rows = []
     for name, taken in seconds.items():
         step = statistics.median(taken) / settings.steps
-        peak = round(peaks[name] / 2**20, 2) if name in peaks else None
-        ratio = median_ratio(taken, seconds["forward"])
-        rows.append({"what": name, "ms": round(1e3 * step, 3), "ratio": ratio, "peak_mib": peak})
-    return {"rows": rows, "monitor": monitored(seconds, drawn)}
+        row = {"what": name, "ms": round(1e3 * step, 3),
+               "ratio": median_ratio(taken, seconds["forward"]), "peak_mib": None,
+               "tokens_s": round(settings.batch_size * settings.length / step)}
+        if name in peaks: row["peak_mib"] = round(peaks[name] / 2**20, 2)
+        if name in flops:
+            row |= {"flops": flops[name], "share": round(flops[name] / step / ceiling, 4)}
+        rows.append(row)
+    return {"ceiling": round(ceiling), "rows": rows, "monitor": monitored(seconds, drawn)}
 
 # %% ../../nbs/840_run.bench.ipynb #14ff7ff7
 def row_line(row: dict[str, Any]) -> str:
     "A row of the result as a line of text."
     memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-    return f"{row['what']:22}{row['ms']:>10.1f}{row['ratio']:>10.2f}{memory:>9}"
+    work = share = ""
+    if "flops" in row: work, share = f"{row['flops'] / 1e9:.2f}", f"{row['share']:.0%}"
+    return (f"{row['what']:20}{row['ms']:>10.1f}{row['ratio']:>10.2f}{row['tokens_s']:>10,}"
+            f"{work:>10}{share:>7}{memory:>10}")
 
 # %% ../../nbs/840_run.bench.ipynb #b7cfd950
 def monitor_line(watch: dict[str, Any]) -> str:
@@ -142,11 +175,13 @@ def gates_lines(result: dict[str, Any]) -> list[str]:
     sizes = result["sizes"]
     model = result["model"]
     where = f"{result['device']}, {result['threads']} threads, torch {result['torch']}"
-    what = f"{model['layers']} layers, {model['mixer']}"
+    what = f"{model['layers']} layers, {model['mixer']}, {model['dtype']}"
     rows = f"{sizes['batch_size']} x {sizes['length']} tokens, medians of {sizes['repeats']}"
-    head = f"{'per step':22}{'ms':>10}{'forwards':>10}{'MiB':>9}"
+    head = (f"{'per step':20}{'ms':>10}{'forwards':>10}{'tokens/s':>10}{'GFLOP':>10}{'share':>7}"
+            f"{'MiB':>10}")
     return [
         f"{where}; {what}, {rows}",
+        f"one large product: {result['ceiling'] / 1e9:,.0f} GFLOP/s",
         head,
         *map(row_line, result["rows"]),
         monitor_line(result["monitor"]),
@@ -154,7 +189,7 @@ def gates_lines(result: dict[str, Any]) -> list[str]:
 
 # %% ../../nbs/840_run.bench.ipynb #be000009
 def bench_gates(
-    teacher: str = "bundled",  # or a folder, or a Hugging Face id
+    teacher: str = "bundled",  # or a folder, a Hugging Face id, or a name in `SHAPES`
     mixer: str = "lightning",  # of the linear branches
     *,
     say: Callable[[str], Any] = lambda line: None,  # called with a line now and then
@@ -163,12 +198,13 @@ def bench_gates(
 ) -> dict[str, Any]:  # what was measured on, `rows`, and `monitor`; fit for JSON
     """Time a step of gate training as it is, and with a `GateMonitor`.
 
-    `ratio` is to the teacher's forward pass on the same rows. `monitor` has `ratio`, the time with
-    over the time without, and `drawing`, the share of the time that the monitor spent. Raises
-    `ValueError` for settings that cannot work, and as `load_teacher` and `passkeys`."""
+    `ratio` is to the teacher's forward pass on the same rows, `share` the rate of the products that
+    are needed over the rate of one large product (`ceiling`, FLOP/s). `monitor` has `ratio`, the
+    time with over the time without, and `drawing`, the share of the time that the monitor spent.
+    Raises `ValueError` for settings that cannot work, and as `load_teacher` and `passkeys`."""
     from flashmorph.show.monitor import GateMonitor
     wanted = GateBench.make(settings)
-    plain, tokenizer = load_teacher(teacher)
+    plain, tokenizer = teacher_of(teacher, wanted)
     model = morph(plain, mixer).to(wanted.device)
     rows = bench_rows(tokenizer, wanted)
     monitor = GateMonitor(show=in_kernel())
@@ -180,9 +216,11 @@ def bench_gates(
     peaks = {name: peak_bytes(calls[name], wanted.cuda) for name in unwatched}
     drawn: list[float] = []
     about = {**machine(wanted.device), **described(model, wanted)}
+    work = needed(model, wanted)
+    ceiling = ceilings(DTYPES[wanted.dtype], wanted.device)["flops"]
     def after_a_round(seconds: dict[str, list[float]]) -> None:
         drawn.append(monitor.drawing)
         say(f"round {len(drawn)} of {wanted.repeats}")
-        keep({**about, **summed(seconds, peaks, drawn, wanted)})
+        keep({**about, **summed(seconds, peaks, drawn, wanted, work, ceiling)})
     seconds = take_turns(calls, wanted.repeats, wanted.cuda, after_a_round)
-    return {**about, **summed(seconds, peaks, drawn, wanted)}
+    return {**about, **summed(seconds, peaks, drawn, wanted, work, ceiling)}

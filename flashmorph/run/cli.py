@@ -19,10 +19,10 @@ from ..serve.export import export_command
 from ..store import write_aside
 
 # %% auto #0
-__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Json',
-           'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert', 'demo',
-           'selected', 'select', 'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops',
-           'bench_gates', 'bench_align', 'speed_command']
+__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Dtype',
+           'Json', 'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert',
+           'demo', 'selected', 'select', 'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured',
+           'bench_ops', 'bench_gates', 'bench_align', 'speed_command']
 
 # %% ../../nbs/990_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -205,6 +205,7 @@ app.add_typer(bench, name="bench")
 
 Count = Annotated[int, typer.Option(min=1)]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write what was measured here.")]
 Repeats = Annotated[int, typer.Option(
     min=1, help="Calls of each, fewer if slow; medians are printed.")]
@@ -214,8 +215,7 @@ Repeats = Annotated[int, typer.Option(
 def bench_ops(
     ops: Annotated[str, typer.Option(help="Which, with commas between.")] = "lightning,gla,gdn",
     lengths: Annotated[str, typer.Option(help="Tokens, with commas between.")] = "512,4096,16384",
-    batch: Count = 1, heads: Count = 4, dim: Count = 64,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    batch: Count = 1, heads: Count = 4, dim: Count = 64, dtype: Dtype = "float32",
     device: Device = "cpu", repeats: Repeats = 7,
     peers: Annotated[bool, typer.Option(help="Others too, or our own forms only.")] = True,
     file: Json = None,
@@ -234,19 +234,19 @@ def bench_ops(
 # %% ../../nbs/990_run.cli.ipynb #b0c1a002
 @bench.command("gates")
 def bench_gates(
-    teacher: Annotated[str, typer.Option(help="'bundled', a folder, or a hub name.")] = "bundled",
+    teacher: Annotated[str, typer.Option(help="'bundled', folder, hub name, or shape.")] = "bundled",
     mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
     length: Length = 256, keys: Keys = 4, words_per_key: WordsPerKey = 6, batch_size: BatchSize = 4,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 50,
-    device: Device = "cpu", repeats: Repeats = 7, file: Json = None,
+    dtype: Dtype = "float32", device: Device = "cpu", repeats: Repeats = 7, file: Json = None,
 ) -> None:
-    "A step of gate training in forward passes of the teacher, and what watching it costs."
+    "A step of gate training: forward passes, share of the machine, memory, what watching costs."
     from flashmorph.run.bench import bench_gates as run_bench, gates_lines
     with plain_errors():
         result = run_bench(
             teacher, mixer, length=length, keys=keys, words_per_key=words_per_key,
-            batch_size=batch_size, steps=steps, repeats=repeats, device=device, say=show_progress,
-            keep=keeper(file))
+            batch_size=batch_size, steps=steps, repeats=repeats, device=device, dtype=dtype,
+            say=show_progress, keep=keeper(file))
         show_measured(result, gates_lines(result), file)
 
 # %% ../../nbs/990_run.cli.ipynb #c6720dca
