@@ -234,7 +234,7 @@ def bench_ops(
 # %% ../../nbs/990_run.cli.ipynb #b0c1a002
 @bench.command("gates")
 def bench_gates(
-    teacher: Annotated[str, typer.Option(help="'bundled', folder, hub name, or shape.")] = "bundled",
+    teacher: Annotated[str, typer.Option(help="'bundled', folder, hub name, shape.")] = "bundled",
     mixer: Annotated[str, typer.Option(help="Kind of linear attention.")] = "lightning",
     length: Length = 256, keys: Keys = 4, words_per_key: WordsPerKey = 6, batch_size: BatchSize = 4,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 50,
