@@ -14,6 +14,7 @@ from flashmorph.data.mixture import Mixture
 from flashmorph.data.needles import needles
 from flashmorph.data.passkeys import passkeys
 from flashmorph.data.text import text
+from flashmorph.folder import Run
 from flashmorph.measure.evaluate import evaluate
 from flashmorph.measure.harness import lm_eval
 from flashmorph.measure.plan import plan
@@ -49,7 +50,7 @@ def __getattr__(name: str):
 __all__ = [
     "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
-    "RecallMap", "Selection", "SelectionCompare", "align", "distill", "evaluate",
+    "RecallMap", "Run", "Selection", "SelectionCompare", "align", "distill", "evaluate",
     "evaluate_models", "finetune", "lay_out", "lm_eval", "load_model", "load_teacher",
     "mixer_names", "morph", "needles", "passkeys", "plan", "rank", "register_mixer",
     "register_selector", "ruler", "text", "train_gates", "uniform",

@@ -6,7 +6,9 @@
 from __future__ import annotations
 import contextlib, datetime, json, os, re, secrets, socket, threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 from .store import NOFOLLOW, Checkpoints, EventLog, read_json, write_aside
 
 # %% auto #0
@@ -184,3 +186,13 @@ class Run(os.PathLike):
         lost = self.log.begun and not self.log.path.exists()
         if lost or not marker.exists() or marked(marker) != self.id:
             raise OSError(f"the run {self.folder} was moved, deleted or replaced while it went on")
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        "Publish run and hybrid in a repository; see `flashmorph.run.hub.push_run`."
+        # later chapters, found by their names: they import this one
+        return import_module("flashmorph.run.hub").push_run(self, repo_id, **settings)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, folder: str | os.PathLike | None = None, **hub: Any) -> Run:
+        "A published run, pulled into `folder`; see `flashmorph.hub.pull_run`."
+        return import_module("flashmorph.hub").pull_run(repo_id, folder, **hub)

@@ -59,7 +59,7 @@ def save_hybrid(hybrid: Any, tokenizer: Any, run: Run) -> None:
     put_back(final)
     aside = aside_of(final, "partial")
     try:
-        hybrid.save_pretrained(aside)
+        hybrid.save_pretrained(aside, card=False)       # the card follows when there are results
         tokenizer.save_pretrained(aside)
         if not same_files(aside, final): take_place(aside, final)
     except (OSError, SafetensorError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
+from ..hub import is_id, run_folder
 from ..selection import Ranking, Selection, check_budget
 from ..store import read_json, write_aside
 
@@ -172,7 +173,10 @@ def save_gates(gates: GateRun, folder: str | os.PathLike) -> Path:
 
 # %% ../../nbs/600_choose.trajectory.ipynb #8df303e7
 def load_gates(folder: str | os.PathLike) -> GateRun:
-    "Read a run folder's `gates.json`, or the file itself. Raises `ValueError` if it is not one."
+    """Read a run folder's `gates.json`, or the file itself, or those of a run on the hub.
+
+    Raises `ValueError` if it is not one, `OSError` if the hub cannot be reached."""
+    if is_id(folder): folder = run_folder(folder)
     record = read_json(folder, "a gate run", "gates.json")
     try:
         run = GateRun(record["trajectory"], record["losses"], record["settings"])

@@ -7,7 +7,6 @@ __all__ = ['OWN', 'MIRRORED', 'HybridConfig', 'HybridForCausalLM']
 
 # %% ../../nbs/340_model.hybrid.ipynb #0770b9ec
 import copy, sys
-from importlib import import_module
 from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ from .cache import CACHE_NAMES, adopt, cache_name, find_cache
 from .hosts import attention_sites, out_of_range
 from .layers import hand_mask_down, linear_attention
 from .mixers import mixer_class, mixer_spec
-from .parts import adapt_full, in_format, saved_format
+from .parts import adapt_full
+from .sharing import Shared, refuse_a_copy
 from ..selection import check_layers
 
 # %% ../../nbs/340_model.hybrid.ipynb #b6bdfda6
@@ -83,11 +83,6 @@ class _View(PreTrainedConfig):
         vars(self).update({name: getattr(self, name) for name in shared if self._is_shared(name)})
         return super().to_dict()
 
-# %% ../../nbs/340_model.hybrid.ipynb #39cff590
-def _refuse_a_copy() -> None:
-    raise ValueError("a hybrid cannot be shared as a copy of its code: whoever loads it needs "
-                     "flashmorph installed, and `import flashmorph` registers its classes")
-
 # %% ../../nbs/340_model.hybrid.ipynb #c6d84ef4
 class HybridConfig(_View):
     """Configuration of a `HybridForCausalLM`.
@@ -136,7 +131,7 @@ class HybridConfig(_View):
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None: _refuse_a_copy()
+    def register_for_auto_class(cls, auto_class: Any = None) -> None: refuse_a_copy()
 
     @property
     def sub_configs(self): return {"teacher": PreTrainedConfig}
@@ -155,7 +150,7 @@ def _plain_mask(config: Any, inputs_embeds: Any, attention_mask: Any, *args, **k
     return attention_mask
 
 # %% ../../nbs/340_model.hybrid.ipynb #e1841ee1
-class _Host(PreTrainedModel):
+class _Host(Shared):
     "A model that is another one inside: passes what transformers asks of it on to `host`."
     host: PreTrainedModel
 
@@ -185,19 +180,6 @@ class _Host(PreTrainedModel):
         if not args and not kwargs: return self.get_input_embeddings()
         raise ValueError("a hybrid's vocabulary cannot be resized: "
                          "resize the teacher's, then convert it again")
-
-    def save_pretrained(self, *args, dtype: Any = None, **kwargs) -> Any:
-        "As in transformers, in the format `dtype`; see `saved_format` for the default."
-        with in_format(self, dtype or saved_format(self)):
-            return super().save_pretrained(*args, **kwargs)
-
-    def export(self, folder: Any, form: str, **settings: Any) -> dict[str, Any]:
-        "Write a checkpoint that engines load alone; see `flashmorph.serve.export.export`."
-        # a later chapter, found by its name: it imports this one
-        return import_module("flashmorph.serve.export").export(self, folder, form, **settings)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None: _refuse_a_copy()
 
 # %% ../../nbs/340_model.hybrid.ipynb #b85cf255
 class _Generator:

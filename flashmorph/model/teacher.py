@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file, logging
+from ..hub import questions
 from .branches import text_model
 from .hosts import check_host
 
@@ -224,8 +225,7 @@ HUB = ("cache_dir", "code_revision", "force_download", "local_files_only", "prox
 
 def read_config(what: str, place: str, **hub: Any) -> tuple[dict[str, Any], Path]:
     "The configuration of a model as it is written, and the folder it was read from."
-    advice = "Is the name right, the hub in reach, config.json undamaged?"
-    with in_one_line(what, advice):
+    with in_one_line(what, questions()):
         config, _ = PreTrainedConfig.get_config_dict(place, **hub)
         # transformers' own checks
         AutoConfig.from_pretrained(place, **hub)

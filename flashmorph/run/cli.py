@@ -11,18 +11,18 @@ from typing import Annotated, Any, Literal
 import typer
 from .evaluation import (
     PASSED_ON, BatchSize, Keys, Length, WordsPerKey, evaluate, harness, listed, whole_numbers)
+from .publish import RunFolder, pull_command, push_command
 from .recipes import recipes_command
 from .terminal import (
     OneLineErrors, console, plain_errors, show, show_progress, show_step)
-from ..selection import Selection
 from ..serve.export import export_command
 from ..store import write_aside
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Dtype',
            'Json', 'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert',
-           'demo', 'selected', 'select', 'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured',
-           'bench_ops', 'bench_gates', 'bench_align', 'speed_command']
+           'demo', 'select', 'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops',
+           'bench_gates', 'bench_align', 'speed_command']
 
 # %% ../../nbs/990_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -97,21 +97,10 @@ def demo(
 # %% ../../nbs/990_run.cli.ipynb #9a77c47c
 app.command("recipes")(recipes_command)
 
-# %% ../../nbs/990_run.cli.ipynb #ef9973ff
-def selected(run: Path, method: str | None, budget: int, settings: dict[str, Any]) -> Selection:
-    "The layers that `method`, or the run's own, would keep. Raises `ValueError` as `rank` does."
-    from flashmorph.choose.trajectory import GateRun
-    from flashmorph.choose.uniform import uniform
-    from flashmorph.run.materials import run_ranking
-    # a pattern needs no model
-    if method == "uniform" and (run / "gates.json").exists():
-        return uniform(GateRun.load(run).num_layers, budget)
-    return run_ranking(run, method, budget, **settings).select(budget)
-
 # %% ../../nbs/990_run.cli.ipynb #c9331d2a
 @app.command()
 def select(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunFolder,
     budget: Annotated[int, typer.Option(help="Number of layers that keep full attention.")],
     method: Annotated[str | None, typer.Option(
         help="A selector, as remove-one or my_file.py:mine; the run's own if left out.")] = None,
@@ -121,6 +110,7 @@ def select(
         "--save", help="Also write selection.json into the run.")] = False,
 ) -> None:
     "The layers a budget would keep: from the run's ranking, or scored by another selector."
+    from flashmorph.run.materials import selected
     from flashmorph.run.recipe import changed
     with plain_errors():
         settings: dict[str, Any] = {}
@@ -135,11 +125,13 @@ run_harness = app.command("lm-eval", context_settings=PASSED_ON, add_help_option
 
 # %% ../../nbs/990_run.cli.ipynb #e6b4004a
 run_export = app.command("export")(export_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 
 # %% ../../nbs/990_run.cli.ipynb #3a6eecec
 @app.command()
 def compare(
-    run: Annotated[Path, typer.Argument(help="Run folder, after stage 1.")],
+    run: RunFolder,
     methods: Annotated[str, typer.Option(help="Selectors, as remove-one,eliminate,uniform.")],
     budgets: Annotated[str, typer.Option(help="Numbers of full layers, as 2,3.")],
     seeds: Annotated[int, typer.Option(min=1, help="Streams of books for each method.")] = 1,

@@ -21,6 +21,7 @@ from ..model.hybrid import HybridForCausalLM
 from ..model.morph import MorphableModel, morph
 from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
+from .hub import card_hybrid
 from .materials import (
     Materials, check_materials, digest_of, rank_layers, recipe_facts, sets_of, stage_facts)
 from .paths import named_paths, with_absolute_paths
@@ -209,6 +210,7 @@ def finish(work: Conversion) -> dict[str, Any]:
     "Write results and report, then delete what only a resumed run would need."
     results = write_results(work)
     write_report(work.run.folder)
+    card_hybrid(work.run.folder)
     work.ledger.write(finished=True, recipe=recipe_facts(work.recipe))
     shutil.rmtree(work.run.path("checkpoints"), ignore_errors=True)
     return results

@@ -30,7 +30,8 @@ from ..train.resume import UNCOMPARED, as_earlier
 # %% auto #0
 __all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of', 'table_facts',
            'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'ranking_stage',
-           'stage_facts', 'rank_layers', 'sets_of', 'branches_of', 'own_order', 'ranking_file', 'run_ranking']
+           'stage_facts', 'rank_layers', 'sets_of', 'branches_of', 'own_order', 'ranking_file', 'run_ranking',
+           'selected']
 
 # %% ../../nbs/810_run.materials.ipynb #f1406d86
 class Materials:
@@ -270,3 +271,11 @@ def run_ranking(
         ranking = rank(model, books, selector.name, log=log, **settings)
         ranking.save(file)
     return ranking
+
+# %% ../../nbs/810_run.materials.ipynb #bcbea4bd
+def selected(run: Path, method: str | None, budget: int, settings: dict[str, Any]) -> Selection:
+    "The layers that `method`, or the run's own, would keep. Raises `ValueError` as `rank` does."
+    # a pattern needs no model
+    if method == "uniform" and (run / "gates.json").exists():
+        return uniform(GateRun.load(run).num_layers, budget)
+    return run_ranking(run, method, budget, **settings).select(budget)

@@ -12,6 +12,7 @@ from torch import nn
 from ..data.files import SourceConfig
 from ..data.sources import NOTHING_HELD_OUT
 from ..data.text import tokenizer_fingerprint
+from ..hub import is_id, run_record
 from ..ledger import Training, find_run, model_fingerprint, read_training, same_source
 from ..measure.evaluate import (
     HELD_OUT, EvaluateConfig, book_scores, held_out_rows, perplexity_by_position, text_losses)
@@ -214,7 +215,8 @@ def evaluate_models(names: Sequence[str], *, folder: str | os.PathLike | None = 
     # every model is found, and every run read, before anything is measured
     found = [find_run(str(name)) for name in dict.fromkeys(names)]
     for place, _ in found: find_model(place)
-    trainings = [read_training(run) if run else None for _, run in found]
+    runs = [run_record(place) if run is None and is_id(place) else run for place, run in found]
+    trainings = [read_training(run) if run else None for run in runs]
     measured = []
     for n, (name, (place, _), training) in enumerate(zip(dict.fromkeys(names), found, trainings)):
         say(f"{name}: model {n + 1} of {len(found)}")

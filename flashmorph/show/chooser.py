@@ -4,6 +4,7 @@
 
 # %% ../../nbs/750_show.chooser.ipynb #4bb94835
 from __future__ import annotations
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import traitlets as T
 from ..choose.trajectory import GateRun, doubt_texts
+from ..hub import run_folder
 from ..results import METRICS, Cost, amount, percent
 from ..scores import read_selections
 from ..selection import Ranking, Selection, check_budget, check_pins, top_k
@@ -159,8 +161,11 @@ class Chooser(Widget):
 
 # %% ../../nbs/750_show.chooser.ipynb #d6f07a68
 def loaded(run: Any) -> Any:
-    "The gate run of a folder; anything else as it is."
-    return GateRun.load(run) if isinstance(run, (str, Path)) else run
+    "What a run folder, or a run on the hub, has of gates or ranking; anything else as it is."
+    if not isinstance(run, (str, os.PathLike)): return run
+    folder = run_folder(run)
+    if (folder / "ranking.json").is_file(): return Ranking.load(folder)
+    return GateRun.load(folder)
 
 
 def ranking_of(run: Any) -> Ranking:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import itertools
 import operator
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import traitlets as T
 from ..choose.trajectory import GateRun
 from ..choose.uniform import uniform
+from ..hub import run_folder
 from ..measure.cost import CostModel
 from ..measure.evaluate import evaluate_recall
 from ..model.hybrid import HybridConfig
@@ -226,6 +228,13 @@ class Committed(Chooser):
         return selection if self.hybrid is None else self.hybrid
 
 # %% ../../nbs/760_show.explorer.ipynb #d99a5759
+def _found(run: Any, folder: Any) -> tuple[Any, Any]:
+    "A run, pulled if it is on the hub, and where its selection is saved unless in `folder`."
+    if not isinstance(run, (str, os.PathLike)): return run, folder
+    place = run_folder(run)
+    return place, place if folder is None else folder
+
+
 def _config_for(model: Any, folder: Path | None) -> Any:
     "What costs are counted from: the model, or the hybrid in the run folder, if there is any."
     if model is not None: return model.config
@@ -243,10 +252,10 @@ def _check_size(found: int, expected: int, what: str) -> None:
 class BudgetExplorer(Counted, Measured, Committed):
     """Drag the budget, look at the set, its costs and its recall, pin layers by hand, commit.
 
-    `run`: a `GateRun`, another `Ranking`, or a run folder (where the selection is saved, unless
-    `folder` says otherwise). `model`: the morphable model, for the hybrid, and with `count` of the
-    `books` for recall. `config`: for costs without a model. `compare`: methods, as `method_sets`.
-    `full`, `linear`: pinned layers. Raises `ValueError` or `TypeError` for what does not fit."""
+    `run`: a `GateRun`, another `Ranking`, or a run, in a folder or on the hub. The selection is
+    saved there, or in `folder`. `model`: the morphable model, for the hybrid, and with `count` of
+    the `books` for recall. `config`: for costs without a model. `compare`: methods, as
+    `method_sets`. `full`, `linear`: pinned layers. Raises `ValueError` or `TypeError`."""
     _esm = script("choice.js", "explorer_state.js", "explorer_chart.js", "explorer_costs.js",
                   "explorer_recall.js", "explorer.js")
     buttons = ("commit", "measure", "stop")
@@ -261,7 +270,7 @@ class BudgetExplorer(Counted, Measured, Committed):
                  context: int = 4096, compare: Mapping[str, Any] | None = None,
                  mixer: str | None = None, count: int = 32, batch_size: int = 8,
                  full: Iterable[int] = (), linear: Iterable[int] = ()):
-        if folder is None and isinstance(run, (str, Path)): folder = run
+        run, folder = _found(run, folder)
         self.model = model
         run = loaded(run)
         self.ranking = ranking_of(run)
