@@ -41,7 +41,7 @@ TAGS = {("echo:", "false"): "remove-input", ("output:", "false"): "remove-output
         ("include:", "false"): "remove-cell", ("code-fold:", "true"): "hide-input"}
 NOT_NBDEVS = {"FrontmatterProc", "insert_warning", "add_show_docs", "clean_show_doc",
               "exec_show_docs", "rm_export", "mv_exports", "add_fold", "add_links"}
-SYMBOL = re.compile(r'<symbol id="([^"]+)".*?</symbol>', re.S)
+ICONS = re.compile(r"<svg[^>]*display: none[^>]*>.*</symbol>\s*</svg>", re.S)      # of the theme
 SHORTER = [
     (re.compile(r'(<\w+ class)="([\w-]+)">'), r"\1=\2>"),
     (re.compile(r'(href="[^"]*#([^"]+)") title="\2"'), r"\1"),      # what the address says already
@@ -239,10 +239,9 @@ def dressed(page: str, known: set[str]) -> str:
 
 
 def light(page: str, known: set[str]) -> str:
-    """The page without what nobody sees: unused icons and classes, spans without a colour, quotes,
-    indentation."""
-    page = SYMBOL.sub(lambda icon: icon[0] if f"#{icon[1]}" in page else "", page)
-    page = dressed(page, known)
+    """The page without what nobody sees: unused classes, spans without a colour, quotes,
+    indentation. The icons are in site.js, once for all pages."""
+    page = dressed(ICONS.sub("", page), known)
     page = SIGNATURE.sub(lambda found: bare(found[0]), page)
     pieces = VERBATIM.split(page)
     pieces[::2] = [re.sub(r"\s*\n\s*", "\n", INLINE.sub(r"\1", piece)) for piece in pieces[::2]]
@@ -261,8 +260,16 @@ def lighten() -> None:
     for file in SITE.rglob("*.map"): file.unlink()
     rules = [file for kind in ("css", "js") for file in SITE.rglob(f"*.{kind}")]
     known = {name for file in rules for name in NAMED.findall(file.read_text(encoding="utf-8"))}
+    add_icons((SITE / "index.html").read_text(encoding="utf-8"))
     for file in SITE.rglob("*.html"):
         file.write_text(light(file.read_text(encoding="utf-8"), known), encoding="utf-8")
+
+
+def add_icons(page: str) -> None:
+    "Let site.js add the icons that a page begins with."
+    icons = re.sub(r"\s*\n\s*", " ", ICONS.search(page)[0])
+    with (SITE / "_static/site.js").open("a", encoding="utf-8") as script:
+        script.write(f'document.body.insertAdjacentHTML("beforeend", {json.dumps(icons)});\n')
 
 
 def packed(script: Path) -> str:
