@@ -31,11 +31,12 @@ def works(name: str, layers: tuple[int, ...]) -> bool:
 
 
 def test_isolated_scores_fail_where_layers_stand_in_for_each_other():
-    "Of two chains none is missed alone and none helps alone; removed in turn, one chain stays."
-    shown = compared("chains", "remove-one", "add-one", "eliminate")
+    "Of two chains none is missed alone and none helps alone; sets that are tried keep a chain."
+    shown = compared("chains", "remove-one", "add-one", "eliminate", "swap")
     found = {one.method: one for one in shown.kept}
     assert works("chains", shown.subsets[0].layers)
     assert works("chains", found["eliminate"].layers)
+    assert works("chains", found["swap"].layers)
     assert not works("chains", found["remove-one"].layers)
     assert not works("chains", found["add-one"].layers)
     assert found["eliminate"].regret < 0.5 < found["remove-one"].regret

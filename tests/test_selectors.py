@@ -26,6 +26,7 @@ QUICK = {
     "ga-s2": {"steps": 1, "train_batch": 1}, "postnas": {"steps": 2, "train_batch": 2},
 }
 for name in ("flashmorph-raw", "flashmorph-relative"): QUICK[name] = QUICK["flashmorph"]
+QUICK["flashmorph-swap"] = {"steps": 3}
 for name in ("kl-ls", "gr-s2", "avg-s2"): QUICK[name] = QUICK["ga-s2"]
 
 
@@ -47,7 +48,8 @@ def books():
 
 def settings_of(name):
     settings = dict(QUICK.get(name, {}))
-    if not name.startswith("flashmorph") or name == "flashmorph-text": settings["count"] = 4
+    trained = ("flashmorph", "flashmorph-raw", "flashmorph-relative")
+    if name not in trained: settings["count"] = 4
     if SELECTORS[name].one_budget: settings["budget"] = 2
     return settings
 

@@ -30,14 +30,14 @@ def race(
     racing = list(range(len(sets)))
     for count in doubled(least, far.count):
         values = far.books([sets[i] for i in racing], count)            # (sets, books)
-        means = values.mean(1)
-        best = means.tolist().index(means.min())
+        means = values.mean(1).tolist()
+        best = means.index(min(means))
         behind = values - values[best]
         # by how much each may lead at best; without a spread there is nothing to be unsure of
         error = 2 * behind.std(1, correction=min(1, count - 1)) / count ** 0.5
         ahead = (error - behind.mean(1)).tolist()
-        first = racing[best]
-        racing = [i for i, lead in zip(racing, ahead) if i == first or lead > margin * means[best]]
+        first, enough = racing[best], margin * means[best]
+        racing = [i for i, lead in zip(racing, ahead) if i == first or lead > enough]
         if len(racing) == 1: break
     return first
 

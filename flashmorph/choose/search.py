@@ -6,15 +6,15 @@
 from __future__ import annotations
 import itertools, math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from .ablate import AnswerDivergence, by_divergence
-from .race import eliminate, race
-from .rank import OneBudget, check_fits
+from dataclasses import dataclass, replace
+from .ablate import AnswerDivergence, by_divergence, facts_of
+from .race import race
+from .rank import OneBudget, check_fits, find_selector, rank, register_selector
 from ..selection import Ranking, check_budget
 from ..settings import setting
 
 # %% auto #0
-__all__ = ['found', 'best', 'exhaustive', 'beam', 'swap', 'Exhaustive', 'Beam', 'Swap', 'swap_removed']
+__all__ = ['found', 'best', 'exhaustive', 'beam', 'swap', 'Exhaustive', 'Beam', 'Swap', 'GateSwap', 'by_exchange']
 
 # %% ../../nbs/660_choose.search.ipynb #aebb1c20
 def found(
@@ -85,18 +85,44 @@ class Beam(OneBudget):
     width: int = setting(4, low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Swap(OneBudget):
-    "Settings of `swap`: layers on each side of the cut that may change sides."
-    count: int | None = setting(64, low=1, high=10**9)
-    reach: int = setting(3, low=1)
-
-
-def swap_removed(far: AnswerDivergence, budget: int, reach: int = 3) -> Ranking:
-    "Exchange layers around the cut of `eliminate` while the best exchange helps."
-    return swap(far, eliminate(far), budget, reach)
-
-
 by_divergence("exhaustive", exhaustive, Exhaustive)
 by_divergence("beam", beam, Beam)
-by_divergence("swap", swap_removed, Swap)
+
+# %% ../../nbs/660_choose.search.ipynb #a0d3785a
+@dataclass(frozen=True, kw_only=True)
+class Swap(OneBudget):
+    "Settings of `swap`: whose order (`by`), and how far from its cut layers may change sides."
+    count: int | None = setting(64, low=1, high=10**9)
+    by: str = "remove-one"
+    reach: int = setting(3, low=1)
+
+    def check(self) -> None:
+        super().check()
+        if find_selector(self.by).one_budget:
+            raise ValueError(f"rank.by: expected a selector of all layers, got {self.by!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSwap(Swap):
+    "Settings of `flashmorph-swap`: those of `swap`, and the `steps` of the gates."
+    by: str = setting("flashmorph", choices=("flashmorph", "flashmorph-raw", "flashmorph-relative"))
+    reach: int = setting(2, low=1)
+    steps: int = setting(100, low=1, high=10**9)
+
+
+def by_exchange(model, books, config, log) -> Ranking:
+    "The order of another selector, and exchanges around its cut as long as they help."
+    rows = iter(books)
+    held = list(itertools.islice(rows, config.count))
+    given = {"log": log}
+    if isinstance(config, GateSwap): given |= {"steps": config.steps, "progress": False}
+    start = rank(model, itertools.chain(held, rows), config.by, seed=config.seed, **given)
+    far = AnswerDivergence(model, held, config.count, batch_size=config.batch_size, log=log)
+    ranking = swap(far, start, config.budget, config.reach)
+    facts = {**facts_of(far), "by": config.by}
+    facts["tokens"] += start.facts.get("tokens", 0)
+    return replace(ranking, facts=facts)
+
+
+register_selector("swap", Swap)(by_exchange)
+register_selector("flashmorph-swap", GateSwap)(by_exchange)
