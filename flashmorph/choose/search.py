@@ -114,9 +114,9 @@ def by_exchange(model, books, config, log) -> Ranking:
     "The order of another selector, and exchanges around its cut as long as they help."
     rows = iter(books)
     held = list(itertools.islice(rows, config.count))
-    given = {"log": log}
-    if isinstance(config, GateSwap): given |= {"steps": config.steps, "progress": False}
-    start = rank(model, itertools.chain(held, rows), config.by, seed=config.seed, **given)
+    trained = {"steps": config.steps, "progress": False} if isinstance(config, GateSwap) else {}
+    start = rank(model, itertools.chain(held, rows), config.by, log=log, seed=config.seed,
+                 **trained)
     far = AnswerDivergence(model, held, config.count, batch_size=config.batch_size, log=log)
     ranking = swap(far, start, config.budget, config.reach)
     facts = {**facts_of(far), "by": config.by}

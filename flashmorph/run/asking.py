@@ -4,9 +4,10 @@
 
 # %% ../../nbs/910_run.asking.ipynb #e7e3e50a
 from __future__ import annotations
-import contextlib, time
+import contextlib, itertools, tempfile, time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from torch import Tensor
 from ..choose.rank import find_selector, rank
@@ -77,15 +78,20 @@ def metered(model: MorphableModel) -> Iterator[Meter]:
 
 
 class Noted:
-    "Rows, and a short hash of each row that was read."
+    "The same rows whenever they are read, and a short hash of each row that was."
     def __init__(self, rows: Iterable[dict[str, Tensor]]):
-        self.rows = rows
+        self.rest = iter(rows)
+        self.read: list[dict[str, Tensor]] = []
         self.seen: list[str] = []
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for row in self.rows:
-            self.seen.append(hash_of(row["input_ids"]))
-            yield row
+        for place in itertools.count():
+            if place == len(self.read):
+                row = next(self.rest, None)
+                if row is None: return
+                self.read.append(row)
+                self.seen.append(hash_of(row["input_ids"]))
+            yield self.read[place]
 
 
 def hash_of(ids: Tensor) -> str:
@@ -111,16 +117,17 @@ def ask(
     """What a selector gives for one seed: its order, its sets by budget, and what asking took.
 
     `given` are settings of the selector; the others are its defaults. A selector that answers one
-    budget is asked for each of `budgets`, and has no order."""
+    budget is asked for each of `budgets`, measures nothing twice, and has no order."""
     noted = Noted(books)
     settings = given | settings_for(method, seed)
     sets: dict[str, list[int]] = {}
     order = None
     begun = time.perf_counter()
-    with metered(model) as meter:
+    with metered(model) as meter, tempfile.TemporaryDirectory() as folder:
         if find_selector(method).one_budget:
+            log = Path(folder) / "asked.jsonl"
             for k in budgets:
-                found = rank(model, noted, method, budget=k, **settings)
+                found = rank(model, noted, method, log=log, budget=k, **settings)
                 sets[str(k)] = list(found.select(k).layers)
         else:
             found = rank(model, noted, method, **settings)
