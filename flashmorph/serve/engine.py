@@ -18,6 +18,7 @@ from flashmorph.serve.vllm import (
     HOSTS, OPERATION, Arriving, Group, ServedLayer, Skeleton, StateKind, engine_teacher,
     group_requests, hybrid_states, refused, skeleton,
 )
+from .widen import width_advice
 
 # %% ../../nbs/980_serve.engine.ipynb #c6ff7598
 MISSING = None
@@ -176,8 +177,10 @@ def check_heads(layers: Any, config: HybridConfig) -> None:
         attn = layers[i].self_attn
         backend = attn.attn.get_attn_backend()
         if backend.supports_head_size(attn.head_dim): continue
+        advice = width_advice(config, backend.get_supported_head_sizes())
+        way_out = "" if advice is None else f"; {advice}"
         raise refused(f"its heads have {attn.head_dim} channels, and vLLM's attention on this "
-                      f"machine ({backend.get_name()}) has no kernel for that")
+                      f"machine ({backend.get_name()}) has no kernel for that{way_out}")
 
 
 def own_weights(root: nn.Module) -> dict[str, Tensor]:

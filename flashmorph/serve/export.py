@@ -25,6 +25,7 @@ from ..place import aside_of
 from ..run.terminal import plain_errors, show
 from .forms import NativeForm, check_engine, check_fits, find_form
 from .rearrange import runnable, take
+from .widen import widened
 
 # %% ../../nbs/960_serve.export.ipynb #b65f905e
 def decayed_scores(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -187,16 +188,19 @@ def export(
     *,
     tokenizer: Any = None,  # written too, with its chat template
     engine: str | None = None,  # also check that this engine runs these layers
+    head_dim: int | None = None,  # widen the heads to so many channels
     tokens: int = 300,  # that are compared
 ) -> dict[str, Any]:  # what `export.json` holds: the form, and the largest difference of logits
     """Write `hybrid` as an ordinary checkpoint of `form`, and compare the two.
 
     Raises `ValueError` if a part of the hybrid has no place in the form, if the `engine` cannot run
-    the form with these full layers, if the folder holds something, and if the logits differ. The
-    folder is written whole or not at all; `OSError` if there is no room."""
+    the form with these full layers, if heads cannot have `head_dim` channels, if the folder holds
+    something, and if the logits differ. The folder is written whole or not at all; `OSError` if
+    there is no room."""
     wanted = find_form(form)
     check_fits(hybrid.config, wanted)
     if engine is not None: check_engine(hybrid.config, wanted, engine)
+    if head_dim is not None: wanted = widened(wanted, hybrid.config, head_dim)
     # the folder is renamed when all is well
     final = Path(folder)
     check_folder(final)
@@ -233,6 +237,9 @@ def export_command(
         "--to", help="qwen3_5, qwen3_next, granitemoehybrid or minicpm_sala.")],
     engine: Annotated[str | None, typer.Option(
         help="Also check that vllm, sglang, llama.cpp or transformers runs these layers.")] = None,
+    head_dim: Annotated[int | None, typer.Option(
+        help="Widen heads to so many channels, for an engine that has no kernel for narrow "
+             "ones: the same function.")] = None,
 ) -> None:
     "Write a hybrid as an ordinary checkpoint, which engines load without flashmorph."
     from transformers.utils.logging import disable_progress_bar
@@ -244,5 +251,6 @@ def export_command(
         if not isinstance(hybrid, HybridForCausalLM):
             kind = type(hybrid).__name__
             raise ValueError(f"{model} is a {kind}, not a hybrid: convert it first")
-        facts = export(hybrid, folder, form, tokenizer=tokenizer, engine=engine)
+        facts = export(hybrid, folder, form, tokenizer=tokenizer, engine=engine,
+                       head_dim=head_dim)
         for line in export_lines(facts, folder): show(line)
