@@ -109,7 +109,8 @@ def widened(form: NativeForm, config: Any, head_dim: int) -> NativeForm:
         tied = hybrid.config.tie_word_embeddings
         return wider_tensors(form.tensors(hybrid), hybrid.config.head_dim, head_dim, tied)
     return dataclasses.replace(
-        form, tensors=tensors, settings=lambda config: wider_settings(form.settings(config), head_dim))
+        form, tensors=tensors,
+        settings=lambda config: wider_settings(form.settings(config), head_dim))
 
 # %% ../../nbs/955_serve.widen.ipynb #71c43f47
 def roomy(width: int, sizes: Sequence[int]) -> int | None:
