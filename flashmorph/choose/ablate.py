@@ -35,6 +35,8 @@ def asked_of(
     model: MorphableModel, batch: Mapping[str, Tensor], positions: Positions = answer_positions
 ) -> Asked:
     "A batch on the model's device, where it answers, and the teacher's hidden states there."
+    if "position_ids" in batch:
+        raise ValueError("books: expected a document a row, got packed rows (with position_ids)")
     moved = {name: x.to(model.device) for name, x in batch.items()}
     ids, mask = moved["input_ids"], moved.get("attention_mask")
     # rows of text have no answers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .path import BudgetDescent, first_gate
 from .trajectory import PATH, GateRun, load_gates, tied_budgets
-from ..data.batches import check_tokens
+from ..data.batches import check_tokens, model_inputs
 from ..folder import Run
 from ..model.logits import divergence
 from ..model.morph import MorphableModel
@@ -85,12 +85,12 @@ class PriceObjective(GateObjective):
         self.lam = LAMBDA[align] if lam is None else lam
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        inputs = model_inputs(batch)
         where = answer_positions(batch)
         # the teacher's outputs, then those of the mix
         with torch.no_grad(), self.model.full_pass(), self.model.record(where) as teacher:
-            self.model.hidden(ids, mask)
-        with self.model.record(where) as mixed: self.model.hidden(ids, mask)
+            self.model.hidden(**inputs)
+        with self.model.record(where) as mixed: self.model.hidden(**inputs)
         errors = [layer_error(m, t, self.align) for m, t in zip(mixed, teacher, strict=True)]
         align = torch.stack(errors).mean()
         reg = torch.stack([layer.alpha for layer in self.model.layers]).sum()
@@ -106,11 +106,11 @@ class AnswerObjective(GateObjective):
         return BudgetDescent(parameters, config.steps, config.lr)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        inputs = model_inputs(batch)
         where = answer_positions(batch)
         with torch.no_grad(), self.model.full_pass():
-            target = self.model.hidden(ids, mask)[where]
-        mixed = self.model.hidden(ids, mask)[where]
+            target = self.model.hidden(**inputs)[where]
+        mixed = self.model.hidden(**inputs)[where]
         loss = divergence(self.model, self.model, mixed, target)
         return loss * self.share("answers"), {}
 

@@ -17,6 +17,7 @@ from flashmorph.choose.ablate import (
 from flashmorph.choose.rank import (
     Memo, OneBudget, Scoring, as_ranking, register_selector, weights_digest,
 )
+from ..data.batches import model_inputs
 from ..data.mixture import batches
 from ..ledger import short_hash
 from ..measure.evaluate import scores_from_hidden
@@ -245,9 +246,9 @@ register_selector("ar-multihop", Scoring)(by_silence)
 # %% ../../nbs/670_choose.scores.ipynb #b72412c6
 def batch_errors(model: MorphableModel, batch: Mapping[str, Tensor], relative: bool) -> list[float]:
     "The error of each linear branch on the teacher's inputs, times the rows of the batch."
-    ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
-    if mask is not None: mask = mask.to(model.device)
-    with torch.no_grad(): return (len(ids) * model.alignment_losses(ids, mask, relative)).tolist()
+    inputs = {name: x.to(model.device) for name, x in model_inputs(batch).items()}
+    with torch.no_grad(): losses = model.alignment_losses(**inputs, relative=relative)
+    return (len(inputs["input_ids"]) * losses).tolist()
 
 
 def by_error(name: str, relative: bool, words: str) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from .mixture import with_masks
 
 # %% auto #0
-__all__ = ['ROW', 'as_tensors', 'stack_key', 'stack', 'real_tokens', 'first_rows', 'check_ids', 'check_tokens', 'rows_of',
-           'restart', 'Batches']
+__all__ = ['ROW', 'INPUTS', 'as_tensors', 'stack_key', 'stack', 'real_tokens', 'model_inputs', 'first_rows', 'check_ids',
+           'check_tokens', 'rows_of', 'restart', 'Batches']
 
 # %% ../../nbs/260_data.batches.ipynb #ef00fe4b
 ROW = "a row is a dict of tensors, for example {'input_ids': (T,), 'attention_mask': (T,)}"
@@ -55,6 +55,14 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     mask = batch.get("attention_mask")
     if mask is None: return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return mask.bool()
+
+# %% ../../nbs/260_data.batches.ipynb #d2193643
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "What a model is given of a batch, by keyword; positions that start again separate documents."
+    return {key: batch[key] for key in INPUTS if key in batch}
 
 # %% ../../nbs/260_data.batches.ipynb #e0e6b9ac
 def first_rows(
@@ -98,7 +106,7 @@ def check_tokens(
         raise ValueError(f"this stage needs rows with {needed}, got {sorted(batch)}")
     check_ids(ids, vocab_size, least)
     # one number per token
-    for key in ("attention_mask", "answers"):
+    for key in ("attention_mask", "position_ids", "answers"):
         if key in batch and batch[key].shape != ids.shape:
             shapes = f"{tuple(batch[key].shape[1:])} beside {tuple(ids.shape[1:])}"
             raise ValueError(f"{key!r} needs one number per token, got the shapes {shapes}")

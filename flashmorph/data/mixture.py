@@ -11,8 +11,8 @@ import torch
 from .stories import digest, state_value
 
 # %% auto #0
-__all__ = ['check_weights', 'fingerprint', 'draw_stream', 'Mixture', 'whole_number', 'with_masks', 'check_alike', 'stack',
-           'batches']
+__all__ = ['FILLED', 'check_weights', 'fingerprint', 'draw_stream', 'Mixture', 'whole_number', 'with_masks', 'check_alike',
+           'stack', 'batches']
 
 # %% ../../nbs/240_data.mixture.ipynb #9f549c32
 def check_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -95,17 +95,24 @@ def whole_number(name: str, value: Any, low: int = 1) -> int:
     return number
 
 # %% ../../nbs/240_data.mixture.ipynb #50bd3558
+# what rows without a key stand for beside rows that have it
+FILLED = {"attention_mask": torch.ones_like,
+          "position_ids": lambda ids: torch.arange(len(ids), dtype=ids.dtype)}
+
+
 def with_masks(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    "The rows; if some have an `attention_mask`, those without one get a mask of ones."
-    masked = [row for row in rows if "attention_mask" in row]
-    if not masked: return list(rows)
-    dtype = torch.as_tensor(masked[0]["attention_mask"]).dtype
-    filled: list[Mapping[str, Any]] = []
-    for row in rows:
-        if "attention_mask" not in row and "input_ids" in row:
-            ids = torch.as_tensor(row["input_ids"])
-            row = {**row, "attention_mask": torch.ones_like(ids, dtype=dtype)}
-        filled.append(row)
+    """The rows; if some have an `attention_mask`, those without one get a mask of ones.
+
+    `position_ids` of rows without them count from 0: such a row is one document."""
+    filled = list(rows)
+    for key, make in FILLED.items():
+        having = [row for row in rows if key in row]
+        if not having: continue
+        dtype = torch.as_tensor(having[0][key]).dtype
+        for i, row in enumerate(filled):
+            if key in row or "input_ids" not in row: continue
+            made = make(torch.as_tensor(row["input_ids"]))
+            filled[i] = {**row, key: made.to(dtype)}
     return filled
 
 # %% ../../nbs/240_data.mixture.ipynb #7e3bcebb

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 import torch
@@ -16,9 +16,10 @@ from .stories import Stories, StoryDocuments, digest, state_value
 from ..settings import setting
 
 # %% auto #0
-__all__ = ['MOST', 'END_MARKS', 'CLOSERS', 'SENTENCE', 'PART', 'CHANGED', 'SAMPLE', 'TextConfig', 'check_tokenizer', 'encode',
-           'first_tokens', 'padding', 'chat_ends', 'ends_sentence', 'sentence_ends', 'SentenceEnds', 'token_documents',
-           'read_position', 'TokenBlocks', 'tokenizer_fingerprint', 'text']
+__all__ = ['MOST', 'END_MARKS', 'CLOSERS', 'SENTENCE', 'PART', 'CHANGED', 'Tokens', 'Pieces', 'SAMPLE', 'TextConfig',
+           'check_tokenizer', 'encode', 'first_tokens', 'padding', 'chat_ends', 'ends_sentence', 'sentence_ends',
+           'SentenceEnds', 'token_documents', 'read_position', 'with_rest', 'cut_rows', 'as_row', 'TokenBlocks',
+           'tokenizer_fingerprint', 'text']
 
 # %% ../../nbs/230_data.text.ipynb #2d13e2a1
 MOST = 2**24      # no row has more tokens, and no count is larger
@@ -26,9 +27,12 @@ MOST = 2**24      # no row has more tokens, and no count is larger
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(SourceConfig):
-    "Settings of `text`. `passkeys` is the share of passkey books that a recipe mixes in."
+    """Settings of `text`. `passkeys` is the share of passkey books that a recipe mixes in.
+
+    In `packed` rows each document is by itself: `position_ids` start again at its first token."""
     length: int = setting(512, low=2, high=MOST)
     passkeys: float = setting(0.0, low=0, high=1)
+    packed: bool = False
 
 # %% ../../nbs/230_data.text.ipynb #c867fd97
 def check_tokenizer(tokenizer: Any, *names: str) -> None:
@@ -156,20 +160,59 @@ def read_position(state: Any) -> dict[str, Any]:
     position["used"] = state_value(state, "used")
     return position
 
+# %% ../../nbs/230_data.text.ipynb #963b0669
+Tokens = Iterator[tuple[dict[str, Any], list[int]]]     # a position, and tokens behind it
+Pieces = list[list[int]]                                # the tokens of a row, by document
+
+
+def with_rest(rest: list[int], documents: Tokens) -> Tokens:
+    "`documents` with the tokens `rest`, which the position of the first tells, before the first."
+    place, ids = next(documents)
+    yield {**place, "rest": rest}, rest + ids
+    yield from documents
+
+
+def cut_rows(documents: Tokens, length: int,
+             used: int) -> Iterator[tuple[dict[str, Any], int, Pieces]]:
+    """Rows of `length` tokens, and where each ends: the position of its last document, and how many
+    tokens of that are used. Of the first document, `used` tokens are left out."""
+    row: Pieces = []
+    for place, ids in documents:
+        if used > len(ids): raise ValueError(CHANGED)
+        # the rows that end in this document
+        while (room := length - sum(map(len, row))) <= len(ids) - used:
+            row.append(ids[used:used + room])
+            used += room
+            yield place, used, row
+            row = []
+        row.append(ids[used:])
+        used = 0
+
+
+def as_row(pieces: Pieces, packed: bool) -> dict[str, torch.Tensor]:
+    "`pieces` as tensors; if `packed`, with positions that start again at each."
+    row = {"input_ids": torch.tensor(list(chain.from_iterable(pieces)))}
+    if packed: row["position_ids"] = torch.cat([torch.arange(len(piece)) for piece in pieces])
+    return row
+
 # %% ../../nbs/230_data.text.ipynb #a3449803
 class TokenBlocks:
     """An endless stream of rows of exactly `length` tokens, `{"input_ids": (length,)}`.
 
-    Documents are joined; when they run out, the stream starts over (`epoch` counts). `state_dict`
-    and `load_state_dict` resume it exactly; each `iter` goes on where the last one stopped.
+    `packed` rows have `position_ids` `(length,)`, too, which start again with each document and
+    with each row. Documents are joined; when they run out, the stream starts over (`epoch` counts).
+    `state_dict` and `load_state_dict` resume it exactly; each `iter` goes on where the last one
+    stopped.
     Raises `ValueError` when a pass over the documents yields no token."""
-    def __init__(self, tokenizer: Any, docs: Documents | StoryDocuments, length: int = 512):
+    def __init__(self, tokenizer: Any, docs: Documents | StoryDocuments, length: int = 512,
+                 packed: bool = False):
         check_tokenizer(tokenizer, "eos_token_id")
         if not hasattr(docs, "fingerprint"):
             raise TypeError(f"docs: expected what `documents` returns, got {type(docs).__name__}")
         self.tokenizer = tokenizer
         self.docs = docs
         self.length = TextConfig(length=length).length
+        self.packed = packed
         self.position: dict[str, Any] = {"docs": docs.state_dict(), "epoch": 0, "used": 0}
 
     @property
@@ -177,24 +220,12 @@ class TokenBlocks:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         self.docs.load_state_dict(self.position["docs"])
-        row: list[int] = []
-        used = self.position["used"]
+        found = token_documents(self.tokenizer, self.docs, self.epoch)
         rest = self.position.get("rest", [])     # from a first-edition state: tokens before
-        for place, ids in token_documents(self.tokenizer, self.docs, self.epoch):
-            if rest:
-                place = {**place, "rest": rest}
-                ids = rest + ids
-            if used > len(ids): raise ValueError(CHANGED)
-            # the rows that end in this document
-            while len(row) + len(ids) - used >= self.length:
-                end = used + self.length - len(row)
-                self.position = {**place, "used": end}
-                yield {"input_ids": torch.tensor(row + ids[used:end])}
-                row = []
-                used = end
-            row += ids[used:]
-            used = 0
-            rest = []
+        if rest: found = with_rest(rest, found)
+        for place, used, pieces in cut_rows(found, self.length, self.position["used"]):
+            self.position = {**place, "used": used}
+            yield as_row(pieces, self.packed)
 
     def state_dict(self) -> dict[str, Any]: return dict(self.position)
 
@@ -206,7 +237,8 @@ class TokenBlocks:
     def fingerprint(self) -> str:
         "A short hash of what the rows depend on: documents, tokenizer, length."
         tokenizer = tokenizer_fingerprint(self.tokenizer)
-        return digest(self.docs.fingerprint(), tokenizer, self.length)
+        kind = ["packed"] if self.packed else []
+        return digest(self.docs.fingerprint(), tokenizer, self.length, *kind)
 
 # %% ../../nbs/230_data.text.ipynb #4b53c40a
 SAMPLE = Stories(0)[0] + "\n\tÜber 3.14 漢字: (“x”)"
@@ -225,10 +257,11 @@ def text(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed: in
          held_out: bool | None = False, **settings: Any) -> TokenBlocks:
     """Token blocks `{"input_ids": (length,)}` of stories, local files or a hub dataset.
 
-    `settings` are those of `TextConfig`: `length` (512), and where the documents are.
+    `settings` are those of `TextConfig`: `length` (512), `packed`, and where the documents are.
     Documents that are held out for evaluation are left out, unless `held_out` asks for them (True)
     or for everything (None). Raises `ValueError` for settings and sources that cannot work."""
     config = TextConfig.make({"source": source}, **settings)
     if config.passkeys:
         raise ValueError("text.passkeys: only recipes mix in books; use `Mixture` and `passkeys`")
-    return TokenBlocks(tokenizer, open_source(config, seed=seed, held_out=held_out), config.length)
+    docs = open_source(config, seed=seed, held_out=held_out)
+    return TokenBlocks(tokenizer, docs, config.length, config.packed)

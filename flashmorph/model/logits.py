@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['LOGITS', 'host_of', 'hidden_states', 'valid', 'HiddenOutput', 'HandThrough', 'logits_from_hidden', 'chunked_mean',
-           'divergence', 'token_divergence']
+__all__ = ['LOGITS', 'host_of', 'hidden_states', 'valid', 'predicted', 'HiddenOutput', 'HandThrough', 'logits_from_hidden',
+           'chunked_mean', 'divergence', 'token_divergence']
 
 # %% ../../nbs/380_model.logits.ipynb #b91d8dc9
 def host_of(model: nn.Module) -> PreTrainedModel:
@@ -29,11 +29,14 @@ def host_of(model: nn.Module) -> PreTrainedModel:
 
 # %% ../../nbs/380_model.logits.ipynb #d640ea00
 def hidden_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,  # starts again at each document of a packed row
 ) -> Tensor:
     "Last hidden states (B, T, D), before the LM head."
     decoder = host_of(model).base_model
-    return decoder(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    given = {} if position_ids is None else {"position_ids": position_ids}
+    return decoder(input_ids, attention_mask=attention_mask, use_cache=False,
+                   **given).last_hidden_state
 
 # %% ../../nbs/380_model.logits.ipynb #5d9f08f8
 def valid(batch: dict[str, Tensor]) -> Tensor:
@@ -41,6 +44,13 @@ def valid(batch: dict[str, Tensor]) -> Tensor:
     mask = batch.get("attention_mask")
     if mask is None: return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return mask.bool()
+
+# %% ../../nbs/380_model.logits.ipynb #2f516ba8
+def predicted(batch: dict[str, Tensor]) -> Tensor:
+    "Bool (B, T - 1): the tokens of a batch, from the second on, that the one before predicts."
+    where = valid(batch)[:, 1:]
+    positions = batch.get("position_ids")
+    return where if positions is None else where & (positions.diff(dim=-1) == 1)
 
 # %% ../../nbs/380_model.logits.ipynb #fa05b864
 class HiddenOutput:

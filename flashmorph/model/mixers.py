@@ -13,10 +13,8 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from flashmorph.model.parts import (
-    GatedNorm, MixerDims, convolve_heads, decays_for, lightning_log_decay, only_move,
-    repeat_heads, unit_length,
-)
+from .parts import GatedNorm, MixerDims, convolve_heads, decays_for
+from .parts import lightning_log_decay, only_move, repeat_heads, unit_length
 from ..ops.conv import ShortConv, check_conv
 from ..ops.dispatch import gdn, gla, lightning
 from ..settings import Rule, converted, expected
@@ -31,8 +29,7 @@ class Mixer(nn.Module):
     What every mixer promises:
     - it is causal, and `state` is all it remembers: a sequence may be cut anywhere and continued
       with the state handed on;
-    - a token whose `mask` is 0 leaves no trace, neither in the outputs of real tokens nor in
-      the state;
+    - a token whose `mask` is 0 leaves no trace in the outputs of real tokens and in the state;
     - it computes its state in float32, on the device of `q`, and returns outputs in the dtype
       of `v`;
     - it has no buffers: constants are computed in `forward`."""
@@ -41,6 +38,7 @@ class Mixer(nn.Module):
     expand_kv = False                          # True: a key and a value head for each query head
     takes_decays = False                       # True: `set_decays` sets how fast heads forget
     norm_per_head = True                       # False: a norm runs over all heads
+    resets = False                             # True: `forward` takes `starts` of packed rows
 
     def __init__(self, dims: MixerDims):
         super().__init__()
@@ -172,6 +170,8 @@ def make_mixer(spec: str, dims: MixerDims) -> Mixer:
 # %% ../../nbs/300_model.mixers.ipynb #f0b1453f
 class StateMixer(Mixer):
     "What `lightning`, `gla` and `gdn` have in common; a subclass has its own `mix`."
+    resets = True
+
     def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
                  expand_kv: bool = False):
         super().__init__(dims)
@@ -191,25 +191,25 @@ class StateMixer(Mixer):
     def check_options(cls, options: dict[str, Any]) -> None: check_conv(options.get("conv", 0))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
-            scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         "Output before the norm, and state; `real` `(B, T, 1)` is False at padding (`k` is 0)."
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, *, scale: float,
-                mask: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+                mask: Tensor | None = None, state: State | None = None,
+                starts: Tensor | None = None) -> tuple[Tensor, State]:
         dtype = v.dtype
         S, past = state if isinstance(state, tuple) else (state, None)
         if self.conv is not None:
-            (q, k, v), past = convolve_heads(self.conv, [q, k, v], mask, past)
+            (q, k, v), past = convolve_heads(self.conv, [q, k, v], mask, past, starts)
         # a sum over tokens can be too large for float16
         if dtype == torch.float16: q, k, v = (x.float() for x in (q, k, v))
         # padding writes nothing
-        real = None
-        if mask is not None:
-            real = mask.to(torch.bool)[..., None]
-            k = torch.where(real[..., None], k, 0)
+        real = None if mask is None else mask.to(torch.bool)[..., None]
+        if real is not None: k = torch.where(real[..., None], k, 0)
         k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-        o, S = self.mix(q, k, v, hidden, real, scale, S)
+        more = {} if starts is None else {"starts": starts}
+        o, S = self.mix(q, k, v, hidden, real, scale, S, **more)
         o = self.norm(o, hidden).to(dtype)
         return o, S if past is None else (S, past)
 
@@ -234,10 +234,10 @@ class Lightning(StateMixer):
         self.A_log.copy_(decays.log())
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
-            scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         log_decay = -self.A_log.detach().exp() if self.takes_decays else decays_for(q)
         if real is not None: log_decay = torch.where(real, log_decay, 0)
-        return lightning(q, k, v, log_decay, scale=scale, state=state)
+        return lightning(q, k, v, log_decay, scale=scale, state=state, **more)
 
 # %% ../../nbs/300_model.mixers.ipynb #a6e95b3c
 @register_mixer("gla")
@@ -259,12 +259,12 @@ class GLA(StateMixer):
         self.decay.bias.copy_(bias.repeat_interleave(self.dims.head_dim))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
-            scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         logits = self.decay(self.decay_in(hidden)).float()
         log_decay = F.logsigmoid(logits) / 16
         log_decay = log_decay.unflatten(-1, q.shape[2:])
         if real is not None: log_decay = torch.where(real[..., None], log_decay, 0)
-        return gla(q, k, v, log_decay, scale=scale, state=state)
+        return gla(q, k, v, log_decay, scale=scale, state=state, **more)
 
 # %% ../../nbs/300_model.mixers.ipynb #247ebcb2
 @register_mixer("gdn")
@@ -289,10 +289,11 @@ class GDN(StateMixer):
         self.dt_bias.copy_(torch.log(torch.expm1(decays)))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
-            scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         rate = self.A_log.float().exp()
         step = F.softplus(self.a(hidden).float() + self.dt_bias.float())
         log_decay = -rate * step
         if real is not None: log_decay = torch.where(real, log_decay, 0)
         beta = torch.sigmoid(self.b(hidden).float())
-        return gdn(self.unit(q), self.unit(k), v, log_decay, beta, scale=scale, state=state)
+        q, k = self.unit(q), self.unit(k)
+        return gdn(q, k, v, log_decay, beta, scale=scale, state=state, **more)

@@ -92,6 +92,7 @@ def alignment_losses(
     input_ids: Tensor,  # (B, T)
     attention_mask: Tensor | None = None,  # (B, T), 1 on real tokens
     relative: bool = False,  # as shares of the energy of the full branch
+    position_ids: Tensor | None = None,  # (B, T), which start again at each document of a row
 ) -> Tensor:  # (L,), float32
     """How far each linear branch is from its full branch on the teacher's own inputs.
 
@@ -111,7 +112,8 @@ def alignment_losses(
             losses.append(finish(loss, own) if loss.requires_grad else loss)
 
     with after_each(model.layers, compare), full_pass(model), torch.no_grad():
-        model.hidden(input_ids, attention_mask)
+        given = {} if position_ids is None else {"position_ids": position_ids}
+        model.hidden(input_ids, attention_mask, **given)
     return torch.stack(losses)
 
 # %% ../../nbs/360_model.morph.ipynb #d04c4c48

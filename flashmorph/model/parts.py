@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HALF', 'SCALED', 'OF_SOFTMAX', 'repeat_heads', 'MixerDims', 'unit_length', 'lightning_log_decay', 'decays_for',
-           'GatedNorm', 'convolve_heads', 'Packed', 'in_dtype', 'first_dtype', 'foreign_dtype', 'only_move',
-           'in_format', 'saved_format', 'no_rotation', 'check_rotary', 'check_logit_scale', 'check_full', 'own_config',
-           'adapt_full', 'idle_parameters']
+           'GatedNorm', 'convolve_heads', 'in_dtype', 'first_dtype', 'foreign_dtype', 'only_move', 'in_format',
+           'saved_format', 'no_rotation', 'check_rotary', 'check_logit_scale', 'check_full', 'own_config', 'adapt_full',
+           'idle_parameters']
 
 # %% ../../nbs/290_model.parts.ipynb #4d1af10d
 import contextlib, copy, inspect, math, sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 import torch
@@ -98,42 +98,13 @@ def convolve_heads(
     heads: list[Tensor],  # each `(B, T, some heads, some width)`
     mask: Tensor | None,  # `(B, T)`, 1 on real tokens
     past: Tensor | None,  # what the last call returned beside the heads
+    starts: Tensor | None = None,  # `(B, T)`, true where a document begins
 ) -> tuple[list[Tensor], Tensor]:  # shapes as they were, and the channels of recent tokens
     "`heads` after one convolution over all their channels."
     flat = [x.flatten(2) for x in heads]
-    out, past = conv(torch.cat(flat, -1), mask, past)
+    out, past = conv(torch.cat(flat, -1), mask, past, starts)
     parts = out.split([x.shape[2] for x in flat], -1)
     return [part.reshape(x.shape) for part, x in zip(parts, heads)], past
-
-# %% ../../nbs/290_model.parts.ipynb #5649680a
-class Packed:
-    """The documents of packed rows: `starts` `(B, T)` is True at the first token of each.
-
-    A group holds documents of which none is longer than twice another."""
-    def __init__(self, starts: Tensor):
-        first = starts.flatten().nonzero()[:, 0]
-        lengths = first.diff(append=first.new_tensor([starts.numel()]))
-        sizes = lengths.float().log2().long()
-        groups = [sizes == size for size in sizes.unique()]
-        self.places = [_places(first[group], lengths[group]) for group in groups]
-
-    def each(self, mix: Callable[..., Any], inputs: Sequence[Tensor]) -> Tensor:
-        "Output of `mix((*inputs, mask), None)` for each document by itself, in its place."
-        flat = [x.flatten(0, 1) for x in inputs]
-        found = []
-        for place, real in self.places:
-            output = mix((*(x[place] for x in flat), real), None)[0]
-            found.append((place[real], output[real]))
-        # back to where they were
-        order = torch.cat([place for place, _ in found]).argsort()
-        return torch.cat([output for _, output in found])[order].unflatten(0, inputs[0].shape[:2])
-
-
-def _places(first: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    "`(N, L)`: where the tokens of N documents are, and which of these places count."
-    steps = torch.arange(int(lengths.max()), device=first.device)
-    real = steps < lengths[:, None]
-    return torch.where(real, first[:, None] + steps, first[:, None]), real
 
 # %% ../../nbs/290_model.parts.ipynb #706beb5a
 HALF = (torch.bfloat16, torch.float16)

@@ -18,6 +18,7 @@ def check_conv(width: Any) -> None:
     raise ValueError("conv should be 0 (none) or the number of tokens a window has, 2 or more; "
                      f"got {width!r}")
 
+# %% ../../nbs/170_ops.conv.ipynb #80715010
 class ShortConv(nn.Module):
     "A causal convolution over `width` real tokens, each channel by itself; starts as the identity."
     def __init__(self, channels: int, width: int):
@@ -31,10 +32,12 @@ class ShortConv(nn.Module):
         x: Tensor,  # `(B, T, channels)`
         mask: Tensor | None = None,  # `(B, T)`, 1 on real tokens
         past: Tensor | None = None,  # `(B, width - 1, channels)` float32, the last real tokens
+        starts: Tensor | None = None,  # `(B, T)` true where a document begins; not with a mask
     ) -> tuple[Tensor, Tensor]:  # the result `(B, T, channels)`, any value at padding; new `past`
         before = self.weight.shape[1] - 1
         past = x.new_zeros(x.shape[0], before, x.shape[2]) if past is None else past.to(x.dtype)
         x = torch.cat([past, x], 1)
+        if starts is not None: return self._by_document(x, starts)
         if mask is None: return self._convolve(x.mT), _last(x, before)
         # padded tokens first, then real ones in order; zeros before the first make room
         real = F.pad(mask.to(torch.uint8), (before, 0), value=1)
@@ -47,6 +50,17 @@ class ShortConv(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:  # `(B, channels, T)` -> `(B, T - before, channels)`
         return F.conv1d(x, self.weight[:, None], groups=x.shape[1]).mT
+
+    def _by_document(self, x: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        "As `forward`, of `x` behind what was remembered; no window reaches across a border."
+        width = self.weight.shape[1]
+        T = starts.shape[1]
+        document = F.pad(starts.long().cumsum(1), (width - 1, 0))
+        y: Any = 0
+        for j, weight in enumerate(self.weight.unbind(1)):
+            same = document[:, j:j + T] == document[:, -T:]
+            y = y + torch.where(same[..., None], x[:, j:j + T], 0) * weight
+        return y, _last(torch.where((document == document[:, -1:])[..., None], x, 0), width - 1)
 
 def _last(x: Tensor, n: int) -> Tensor:
     "The last `n` tokens, copied: a view would keep the whole prompt in memory."

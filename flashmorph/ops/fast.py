@@ -16,7 +16,7 @@ from .chunked import CHUNK, Segment, chunks, gdn_backward, gdn_forward, gla_back
 from .chunked import gla_forward, lightning_backward, lightning_forward, token_decays
 from .decays import Memory, channel_decays, doubling
 from .reference import OutAndState, check_gdn, check_gla, check_lightning
-from .reference import first_state
+from .reference import first_state, forget
 
 # %% ../../nbs/130_ops.fast.ipynb #d3aa5943
 SHARED = {"dq": "q since", "dk": "k until", "d near": "near", "steps": "near k",
@@ -238,28 +238,34 @@ def _run(op: Op, scale: float, state: Tensor | None, x: Inputs) -> OutAndState:
 
 # %% ../../nbs/130_ops.fast.ipynb #cf9ed2fb
 def lightning(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None,
-              state: Tensor | None = None) -> OutAndState:
+              state: Tensor | None = None,
+              starts: Tensor | None = None) -> OutAndState:
     """Lightning attention in chunks of 64 tokens, as `flashmorph.ops.reference.lightning`.
 
     Computed in float32 (float64 for float64 inputs), also under autocast. Memory grows linearly
     with `T`, forward and backward; differentiable once, with respect to all tensors."""
     scale = check_lightning(q, k, v, log_decay, scale, state)
+    log_decay = forget(log_decay, starts, q)
     return _run(LIGHTNING, scale, state, Inputs(q, k, v, log_decay))
 
 # %% ../../nbs/130_ops.fast.ipynb #abf3db67
 def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float | None = None,
-        state: Tensor | None = None) -> OutAndState:
+        state: Tensor | None = None,
+        starts: Tensor | None = None) -> OutAndState:
     """Gated linear attention (arXiv 2312.06635) in chunks, as `flashmorph.ops.reference.gla`.
 
     Precision, memory and gradients as `lightning`."""
     scale = check_gla(q, k, v, log_decay, scale, state)
+    log_decay = forget(log_decay, starts, q)
     return _run(GLA, scale, state, Inputs(q, k, v, log_decay))
 
 # %% ../../nbs/130_ops.fast.ipynb #2fdc331c
 def gdn(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *,
-        scale: float | None = None, state: Tensor | None = None) -> OutAndState:
+        scale: float | None = None, state: Tensor | None = None,
+        starts: Tensor | None = None) -> OutAndState:
     """Gated DeltaNet (arXiv 2412.06464) in chunks, as `flashmorph.ops.reference.gdn`.
 
     Precision, memory and gradients as `lightning`."""
     scale = check_gdn(q, k, v, log_decay, beta, scale, state)
+    log_decay = forget(log_decay, starts, q)
     return _run(GDN, scale, state, Inputs(q, k, v, log_decay, beta))

@@ -81,6 +81,6 @@ class GDNNative(GDN):
         self.norm.eps = getattr(attn.config, "rms_norm_eps", 1e-6)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
-            scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         q, k, v = (F.silu(x) for x in (q, k, v))
-        return super().mix(q, k, v, hidden, real, scale, state)
+        return super().mix(q, k, v, hidden, real, scale, state, **more)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from ..model.hybrid import HybridConfig, HybridForCausalLM
 from ..model.layers import LinearAttention
-from ..model.parts import Packed
+from ..model.documents import Packed
 
 # %% ../../nbs/970_serve.vllm.ipynb #3522ace5
 HOSTS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from ..data.batches import check_tokens, real_tokens
+from ..data.batches import check_tokens, model_inputs, real_tokens
 from ..folder import Run
 from ..model.logits import host_of
 from ..model.morph import MorphableModel
@@ -123,8 +123,7 @@ class AlignObjective(Objective):
         return MuonAdamW(*parts, config.lr, config.betas, config.weight_decay)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        losses = self.model.alignment_losses(ids, mask, relative=self.relative)
+        losses = self.model.alignment_losses(**model_inputs(batch), relative=self.relative)
         layers = [round(loss, 6) for loss in losses.tolist()]
         return losses.mean() * self.share("tokens"), {"layers": layers}
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-from ..data.batches import check_tokens
+from ..data.batches import check_tokens, model_inputs
 
 
 from ..folder import Run
@@ -40,7 +40,7 @@ from ..model.hybrid import HybridForCausalLM
 
 
 from flashmorph.model.logits import (
-    chunked_mean, divergence, hidden_states, host_of, logits_from_hidden, valid,
+    chunked_mean, divergence, hidden_states, host_of, logits_from_hidden, predicted, valid,
 )
 
 
@@ -81,10 +81,10 @@ class DistillObjective(Objective):
         return {"tokens": int(valid(batch).sum())}
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        inputs = model_inputs(batch)
         where = valid(batch)
-        with torch.no_grad(): target = hidden_states(self.teacher, ids, mask)[where]
-        student = hidden_states(self.hybrid, ids, mask)[where]
+        with torch.no_grad(): target = hidden_states(self.teacher, **inputs)[where]
+        student = hidden_states(self.hybrid, **inputs)[where]
         loss = divergence(self.hybrid, self.teacher, student, target, self.temperature)
         return loss * self.share("tokens"), {}
 
@@ -101,17 +101,17 @@ class NextTokenObjective(Objective):
 
     def check(self, batch: dict[str, Tensor]) -> None:
         check_tokens(batch, vocabulary(self.model), least=2)
-        if not valid(batch)[:, 1:].any():
+        if not predicted(batch).any():
             raise ValueError("a batch without a token to predict: rows need two tokens or more")
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        where = valid(batch)[:, 1:]
+        where = predicted(batch)
         answers = (batch["answers"][:, 1:] > 0) & where if "answers" in batch else where[:0]
         return {"tokens": int(where.sum()), "answers": int(answers.sum())}
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        ids, where = batch["input_ids"], valid(batch)[:, 1:]
-        hidden = hidden_states(self.model, ids, batch.get("attention_mask"))[:, :-1]
+        ids, where = batch["input_ids"], predicted(batch)
+        hidden = hidden_states(self.model, **model_inputs(batch))[:, :-1]
         weight = torch.ones_like(ids[:, 1:], dtype=torch.float32)[where] * self.share("tokens")
         if self.answer_weight and "answers" in batch:
             answers = (batch["answers"][:, 1:] > 0)[where]

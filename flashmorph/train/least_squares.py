@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from ..data.batches import first_rows, real_tokens
+from ..data.batches import first_rows, model_inputs, real_tokens
 from ..model.branches import MorphLayer, after_each
 from ..model.layers import LinearAttention
 from ..model.morph import MorphableModel, full_pass
@@ -211,7 +211,7 @@ def pick_decays(
             errors[layer.layer_idx] = decay_errors(layer, args, kwargs, where)
 
     with torch.no_grad(), after_each(model.layers, compare), full_pass(model):
-        model.hidden(batch["input_ids"], batch.get("attention_mask"))
+        model.hidden(**model_inputs(batch))
     picked: list[list[float] | None] = [None] * model.num_layers
     for index, tried in errors.items():
         decays = picked[index] = best_decays(total(tried))
@@ -242,7 +242,7 @@ class Gatherer:
             self.moments[layer.layer_idx][held].add(x, y)
 
         with torch.no_grad(), after_each(self.model.layers, compare), full_pass(self.model):
-            self.model.hidden(batch["input_ids"], batch.get("attention_mask"))
+            self.model.hidden(**model_inputs(batch))
 
 # %% ../../nbs/450_train.least_squares.ipynb #f31b0bc2
 HELD_OUT = 6

@@ -40,7 +40,8 @@ def facts_of(config: Settings, stage: str, **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in facts.items() if k not in UNCOMPARED}))
 
 # %% ../../nbs/400_train.resume.ipynb #a04fe902
-EARLIER = {"optimizer": "adamw"}            # what stages did before they had the setting
+# what stages did before they had the setting
+EARLIER = {"optimizer": "adamw", "packed": False}
 
 
 def as_earlier(facts: Mapping[str, Any]) -> dict[str, Any]:

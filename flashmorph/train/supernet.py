@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
-from ..data.batches import check_tokens
+from ..data.batches import check_tokens, model_inputs
 from ..folder import Run
 from ..model.branches import branch_error, only_full
 from ..model.logits import valid
@@ -50,10 +50,10 @@ class SupernetObjective(Objective):
         return {"tokens": int(valid(batch).sum())}
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        full = drawn_layers(ids, self.model.num_layers, self.seed, self.budget)
-        with torch.no_grad(), self.model.full_pass(): target = self.model.hidden(ids, mask)
-        with only_full(self.model.layers, full): mixed = self.model.hidden(ids, mask)
+        inputs = model_inputs(batch)
+        full = drawn_layers(inputs["input_ids"], self.model.num_layers, self.seed, self.budget)
+        with torch.no_grad(), self.model.full_pass(): target = self.model.hidden(**inputs)
+        with only_full(self.model.layers, full): mixed = self.model.hidden(**inputs)
         loss = branch_error(mixed, target, valid(batch), relative=True)
         # all layers full: nothing to train on
         if not loss.requires_grad: loss = loss + 0 * sum(p.sum() for p in self.trainable().values())
