@@ -64,7 +64,7 @@ step 'Lint (ruff)' ruff check
 step 'Types (mypy)' mypy
 step 'Notebooks run (nbdev_test)' notebooks
 step 'Chapters of kernels, under the Triton interpreter (nbdev_test)' \
-    env TRITON_INTERPRET=1 nbdev_test --flags interpret --file_re '^1[45]_ops' --n_workers 0
+    env TRITON_INTERPRET=1 nbdev_test --flags interpret --file_re '^1[45]0_ops' --n_workers 0
 tests 'Tests (pytest)' 'not interpret and not browser and not serve' \
     -n auto --maxprocesses 4 --dist loadfile
 step 'Hybrids with the newest transformers' tests/versions.sh transformers

@@ -196,16 +196,21 @@ FORMS: dict[str, tuple[Form, ...]] = {
 }
 
 # %% ../../nbs/160_ops.dispatch.ipynb #d100000a
-def choose(op: str, *tensors: Tensor | None, impl: str | None = None) -> Form:
-    """The first form of `op` that can run on these tensors, or the one called `impl`.
-
-    Raises `ValueError` if no form has that name, or if the form cannot run."""
+def choose(
+    op: str, *tensors: Tensor | None, impl: str | None = None, packed: bool = False
+) -> Form:
+    """The first form of `op` that can run on these tensors, or the one called `impl`; `packed`: rows
+    of several documents. Raises `ValueError` if no form has that name, or if it cannot run."""
     forms, q = FORMS[op], tensors[0]
     assert q is not None
+
+    def refuses(form: Form) -> str:
+        if packed and form.name == "triton": return "the kernel takes no packed rows"
+        return form.refuses(*tensors)
     if impl is None:
         fitting = (form for form in forms if q.is_cuda or not form.gpu)
-        return next(form for form in fitting if not form.refuses(*tensors))
-    reasons = {form.name: form.refuses(*tensors) for form in forms}
+        return next(form for form in fitting if not refuses(form))
+    reasons = {form.name: refuses(form) for form in forms}
     able = ", ".join(name for name, reason in reasons.items() if not reason)
     if impl not in reasons:
         hint = nearest(impl, reasons)
@@ -233,7 +238,7 @@ def _run(op: str, *tensors: Tensor, scale: float | None, state: Tensor | None,
     if starts is not None and tensors[0].shape[1] == 1:
         if state is not None: state = state.masked_fill(starts.bool().view(-1, 1, 1, 1), 0)
         starts = None
-    form = choose(op, *tensors, state, impl=impl)
+    form = choose(op, *tensors, state, impl=impl, packed=starts is not None)
     packed = {} if starts is None else {"starts": starts}
     return form.run(*tensors, scale=scale, state=state, **packed)
 
