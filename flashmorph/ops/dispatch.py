@@ -199,8 +199,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
 def choose(
     op: str, *tensors: Tensor | None, impl: str | None = None, packed: bool = False
 ) -> Form:
-    """The first form of `op` that can run on these tensors, or the one called `impl`; `packed`: rows
-    of several documents. Raises `ValueError` if no form has that name, or if it cannot run."""
+    """The first form of `op` that can run on these tensors, or the one called `impl`; `packed`: for
+    rows of several documents. Raises `ValueError` if no form has that name, or if it cannot run."""
     forms, q = FORMS[op], tensors[0]
     assert q is not None
 
