@@ -10,7 +10,7 @@ __all__ = ['HOSTS', 'ROTARY', 'TESTED', 'OPERATION', 'refused', 'check_servable'
 # %% ../../nbs/970_serve.vllm.ipynb #49632ab6
 import copy, json, logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,11 @@ def state_kinds(layer: LinearAttention) -> tuple[StateKind, ...]:
     "What the mixer of `layer` hands on after one token of one request; `ValueError` if unusable."
     dims = layer.mixer.dims
     mixer = copy.deepcopy(layer.mixer).to_empty(device="cpu")
-    keys, values = (torch.zeros(1, 1, dims.num_kv_heads, width)
-                    for width in (dims.head_dim, dims.value_dim))
-    query = torch.zeros(1, 1, dims.num_heads, dims.head_dim)
-    hidden = torch.zeros(1, 1, dims.hidden_size)
+    # vLLM asks while bfloat16 is the default
+    zeros = partial(torch.zeros, 1, 1, dtype=torch.float32)
+    keys, values = (zeros(dims.num_kv_heads, width) for width in (dims.head_dim, dims.value_dim))
+    query = zeros(dims.num_heads, dims.head_dim)
+    hidden = zeros(dims.hidden_size)
     with torch.no_grad(): state = mixer.float()(query, keys, values, hidden, scale=1.)[1]
     parts = state if isinstance(state, tuple) else (state,)
     if not parts or not all(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in parts):
