@@ -165,6 +165,10 @@ def broken(site: Path) -> list[str]:
     "Links to pages, files or anchors that do not exist, and pages that no links lead to."
     urls, anchors = {}, {}
     for page in pages(site): urls[page], anchors[page] = links(page)
+    # icons that the script adds to every page
+    script = (site / "_static/site.js").read_text(encoding="utf-8")
+    icons = set(re.findall(r'<symbol id=\\"([\w-]+)', script))
+    for page in anchors: anchors[page] |= icons
 
     found, todo, seen = [], [site / "index.html"], set()
     while todo:
