@@ -23,7 +23,7 @@ from ..store import EventLog, checksum
 
 # %% auto #0
 __all__ = ['Asked', 'Positions', 'Part', 'asked_of', 'books_digest', 'digest_of', 'measured_in', 'in_tape_order',
-           'AnswerDivergence', 'book_sums', 'note', 'ask_batch', 'measure', 'values_of', 'equivalents', 'facts_of',
+           'AnswerDivergence', 'book_sums', 'note', 'ask_batch', 'values_of', 'measure', 'equivalents', 'facts_of',
            'without', 'remove_one', 'add_one', 'by_place', 'gather', 'by_divergence']
 
 # %% ../../nbs/650_choose.ablate.ipynb #c7d35f7d
@@ -122,7 +122,7 @@ class AnswerDivergence:
     def many(self, sets: Iterable[Iterable[int]]) -> list[float]:
         "The values of several sets, those that are not known in the order that shares most."
         wanted = [tuple(check_layers(full, self.model.num_layers)) for full in sets]
-        measure(self, in_tape_order({*wanted} - self.known.keys(), self.model.num_layers))
+        measure(self, {*wanted} - self.known.keys())
         return [self.known[kept] for kept in wanted]
 
     @property
@@ -162,17 +162,6 @@ def ask_batch(far: AnswerDivergence, batch: int, sets: Sequence[tuple[int, ...]]
         note(far, {"full": list(kept), "batch": batch, "books": values})
     far.ran += tape.ran
 
-
-def measure(far: AnswerDivergence, sets: Sequence[tuple[int, ...]]) -> None:
-    "Ask for each of `sets`, batch by batch, so that one batch is on the tape at a time."
-    every = range(len(far.asked))
-    for batch in every: ask_batch(far, batch, sets)
-    count = sum(len(target) for *_, target in far.asked)
-    for kept in sets:
-        total = sum(sum(far.parts[kept, batch]) for batch in every)
-        far.known[kept] = total / count
-        note(far, {"full": list(kept), "divergence": far.known[kept]})
-
 # %% ../../nbs/650_choose.ablate.ipynb #c249565a
 def values_of(far: AnswerDivergence, sets: Sequence[tuple[int, ...]], count: int) -> Tensor:
     "The values of sets, book by book, of at least `count` books, in whole batches (S, N)."
@@ -186,6 +175,15 @@ def values_of(far: AnswerDivergence, sets: Sequence[tuple[int, ...]], count: int
         return [x for batch in used for x in far.parts[kept, batch]]
     sums = torch.tensor([by_book(kept) for kept in sets], dtype=torch.float64)
     return sums * (ends[used[-1]] / answers)
+
+
+def measure(far: AnswerDivergence, sets: Iterable[tuple[int, ...]]) -> None:
+    "Ask all books for each of `sets`."
+    order = in_tape_order(sets, far.model.num_layers)
+    if not order: return
+    for kept, value in zip(order, values_of(far, order, far.count).mean(1).tolist()):
+        far.known[kept] = value
+        note(far, {"full": list(kept), "divergence": value})
 
 # %% ../../nbs/650_choose.ablate.ipynb #3de66582
 def equivalents(far: AnswerDivergence) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools, math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from .ablate import AnswerDivergence, by_divergence, facts_of
 from .race import race
 from .rank import OneBudget, check_fits, find_selector, rank, register_selector
@@ -101,6 +102,10 @@ class Swap(OneBudget):
         if find_selector(self.by).one_budget:
             raise ValueError(f"rank.by: expected a selector of all layers, got {self.by!r}")
 
+    def of_start(self) -> dict[str, Any]:
+        "Settings of the selector whose order is taken."
+        return {"seed": self.seed}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateSwap(Swap):
@@ -109,14 +114,15 @@ class GateSwap(Swap):
     reach: int = setting(2, low=1)
     steps: int = setting(100, low=1, high=10**9)
 
+    def of_start(self) -> dict[str, Any]:
+        return {**super().of_start(), "steps": self.steps, "progress": False}
+
 
 def by_exchange(model, books, config, log) -> Ranking:
     "The order of another selector, and exchanges around its cut as long as they help."
     rows = iter(books)
     held = list(itertools.islice(rows, config.count))
-    trained = {"steps": config.steps, "progress": False} if isinstance(config, GateSwap) else {}
-    start = rank(model, itertools.chain(held, rows), config.by, log=log, seed=config.seed,
-                 **trained)
+    start = rank(model, itertools.chain(held, rows), config.by, log=log, **config.of_start())
     far = AnswerDivergence(model, held, config.count, batch_size=config.batch_size, log=log)
     ranking = swap(far, start, config.budget, config.reach)
     facts = {**facts_of(far), "by": config.by}

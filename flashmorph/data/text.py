@@ -201,9 +201,8 @@ class TokenBlocks:
 
     `packed` rows have `position_ids` `(length,)`, too, which start again with each document and
     with each row. Documents are joined; when they run out, the stream starts over (`epoch` counts).
-    `state_dict` and `load_state_dict` resume it exactly; each `iter` goes on where the last one
-    stopped.
-    Raises `ValueError` when a pass over the documents yields no token."""
+    `state_dict` and `load_state_dict` resume it exactly; each `iter` goes on from the last. Raises
+    `ValueError` when a pass over the documents yields no token."""
     def __init__(self, tokenizer: Any, docs: Documents | StoryDocuments, length: int = 512,
                  packed: bool = False):
         check_tokenizer(tokenizer, "eos_token_id")

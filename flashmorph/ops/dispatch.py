@@ -26,6 +26,7 @@ class Form:
     run: Callable
     refuses: Callable[..., str] = _takes_all
     gpu: bool = False                               # picked by itself on a CUDA device only
+    packs: bool = True                              # takes `starts`
 
 # %% ../../nbs/160_ops.dispatch.ipynb #7b99c292
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, scale: float,
@@ -182,7 +183,7 @@ def _forms(op: str, step: Callable) -> tuple[Form, ...]:
     if op == "lightning": about, refuses = "our kernels", _no_lightning_kernel
     else: about, refuses = "one token in one launch", _no_step_kernel
     return (
-        Form("triton", about, _triton(op), refuses, gpu=True),
+        Form("triton", about, _triton(op), refuses, gpu=True, packs=False),
         Form("step", "one token, written out", step, _not_one_token),
         Form("fla", "the chunks of flash-linear-attention", _fla(op), _no_fla, gpu=True),
         Form("torch", "chunks in plain PyTorch", getattr(fast, op)),
@@ -205,7 +206,7 @@ def choose(
     assert q is not None
 
     def refuses(form: Form) -> str:
-        if packed and form.name == "triton": return "the kernel takes no packed rows"
+        if packed and not form.packs: return "it takes no packed rows"
         return form.refuses(*tensors)
     if impl is None:
         fitting = (form for form in forms if q.is_cuda or not form.gpu)
