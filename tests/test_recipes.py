@@ -33,7 +33,7 @@ def flashmorph(*args, **env):
 def test_the_names_that_are_promised():
     models = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "qwen3-30b-a3b", "smollm2-135m", "demo"]
     assert {name + more for name in models for more in ("", "-cheap")} <= set(NAMES)
-    assert {"qwen3-1.7b-hypenet", "qwen3-1.7b-traces", "longer"} <= set(NAMES)
+    assert {"qwen3-1.7b-hypenet", "longer"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
