@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flashmorph.ops import kernels, steps
+from flashmorph.ops import blocks, kernels, steps
 
 HOMES = {"scan_kernel": kernels, "carry_kernel": kernels, "step_kernel": steps}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -48,15 +48,17 @@ def assembled(binary, capability):
 
 
 def compile_all(capability, dtype, width):
-    "Forward and backward with segments and a state coming in, then the three steps."
+    "Forward and backward with segments and a state coming in, the same of packed rows, then the three steps."
     driver.set_active(Driver(capability))
     notes, T = [], 128
     for name, module in HOMES.items(): setattr(module, name, Compiled(originals[name], notes))
     kernels.unsupported, kernels.segment_length = (lambda *tensors: ""), (lambda k, v: 64)
-    kernels._device = lambda x: (capability >= 90, 132)
+    blocks._device = lambda x: (capability >= 90, 132)
     q, k, v = (torch.randn(1, T, 2, width, dtype=dtype, requires_grad=True) for _ in range(3))
     state, g = torch.randn(1, 2, width, width, requires_grad=True), -torch.rand(2)
     o, S = kernels.lightning(q, k, v, g, state=state)
+    (o.float().square().sum() + S.square().sum()).backward()
+    o, S = kernels.lightning(q, k, v, g, state=state, starts=torch.arange(T)[None] % 50 == 0)
     (o.float().square().sum() + S.square().sum()).backward()
     with torch.no_grad():
         token, g = (x[:, :1] for x in (q, k, v)), g.expand(1, 1, 2)

@@ -18,6 +18,7 @@ import sys
 import torch
 import triton
 
+from flashmorph.ops import blocks as blocks_of
 from flashmorph.ops import kernels, meter, reference, steps
 
 TOL = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -282,8 +283,8 @@ def block_choices(T, D):
     sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3), (1, 2, 4, 8))
     for C, BZ, warps, stages, N in sizes:
         if BZ > D or BZ * C > 64 * 128: continue
-        if N > 1 and (C != 64 or T // N < kernels.SEGMENT): continue
-        yield kernels.Blocks(C, BZ, warps, stages), N
+        if N > 1 and (C != 64 or T // N < blocks_of.SEGMENT): continue
+        yield blocks_of.Blocks(C, BZ, warps, stages), N
 
 
 def fastest(rows, what):
@@ -294,14 +295,14 @@ def fastest(rows, what):
 def sweep():
     "Time other blocks and numbers of segments; the table of the module is put back."
     rule = kernels.segment_length
-    key = torch.bfloat16, kernels._device(torch.empty(1, device="cuda"))[0]
-    table = kernels.BLOCKS[key]
+    key = torch.bfloat16, blocks_of._device(torch.empty(1, device="cuda"))[0]
+    table = blocks_of.BLOCKS[key]
     rows = []
     try:
         for name, shape in itertools.islice(SIZES.items(), 3): rows += sweep_size(name, shape, key)
     finally:
         kernels.segment_length = rule
-        kernels.BLOCKS[key] = table
+        blocks_of.BLOCKS[key] = table
     return rows
 
 
@@ -312,7 +313,7 @@ def sweep_size(name, shape, key):
     rows = []
     for blocks, N in block_choices(T, D):
         length = triton.cdiv(triton.cdiv(T, N), 128) * 128
-        kernels.BLOCKS[key] = {256: blocks}
+        blocks_of.BLOCKS[key] = {256: blocks}
         kernels.segment_length = lambda k, v: length  # noqa: B023
         try: forward, both = timed(kernels.lightning, qkv, do, g)
         except triton.runtime.errors.OutOfResources: continue

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from flashmorph.ops import kernels, reference, steps
+from flashmorph.ops import blocks, dispatch, kernels, reference, steps
 
 pytestmark = [pytest.mark.interpret, pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="set TRITON_INTERPRET=1")]
 
@@ -80,7 +80,7 @@ def test_great_widths(Dk, Dv, dtype): check(inputs(17, dtype, Dk=Dk, Dv=Dv), TOL
 
 
 def test_on_older_gpus(monkeypatch):
-    monkeypatch.setattr(kernels, "_device", lambda x: (False, 108))
+    monkeypatch.setattr(blocks, "_device", lambda x: (False, 108))
     for D in (64, 128): check(inputs(65, torch.bfloat16, Dk=D, Dv=D), TOL[torch.bfloat16])
 
 
@@ -139,9 +139,9 @@ def test_segments_fill_the_chip_and_stay_long():
         return triton.cdiv(T, L)
     assert segments(4, 4096, 16, 128) == 1 and segments(64, 1, 16, 128) == 1 and segments(1, 1000, 1, 64) == 1
     for B, T, heads, D in ((1, 65536, 16, 128), (1, 8192, 4, 64), (1, 1_000_000, 1, 64), (2, 3000, 3, 256)):
-        programs = B * heads * triton.cdiv(D, kernels.pick_blocks(torch.empty(1, 1, 1, D, dtype=torch.bfloat16), D).BZ)
+        programs = B * heads * triton.cdiv(D, blocks.pick_blocks(torch.empty(1, 1, 1, D, dtype=torch.bfloat16), D).BZ)
         N = segments(B, T, heads, D)
-        assert N > 1 and programs * N <= 2 * 132 and T // N >= kernels.SEGMENT
+        assert N > 1 and programs * N <= 2 * 132 and T // N >= blocks.SEGMENT
 
 
 STEPS = [(mixer, 16, 16, dtype) for mixer in ("lightning", "lightning per token", "gla", "gdn") for dtype in TOL] + \
@@ -217,3 +217,28 @@ def test_no_rows(T):
     assert o.shape == (0, T, H, 32) and S.shape == (0, H, 16, 32)
     grads = torch.autograd.grad(o.sum() + S.sum(), leaves)
     assert [d.shape for d in grads] == [x.shape for x in leaves]
+
+
+@pytest.mark.parametrize("T, length", [(70, None), (133, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_rows(T, length, dtype, monkeypatch):
+    "Outputs, states and gradients of documents in a row are those of each by itself, in segments too."
+    if length: monkeypatch.setattr(kernels, "segment_length", lambda k, v: length)
+    q, k, v, g, state = inputs(T, B=2)
+    starts = torch.zeros(len(q), T, dtype=torch.bool)
+    starts[:, [1, 31, 32, 64, 65]] = starts[0, 0] = True
+    leaves = [x.detach().to(dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate((q, k, v, state))]
+    o, S = dispatch.lightning(*leaves[:3], g, state=leaves[3], starts=starts, impl="triton")
+    slope = torch.randn(o.shape)
+    got = torch.autograd.grad((o.float() * slope).sum() + S.sum(), leaves)
+    wanted, pieces = [x.detach().double().requires_grad_() for x in leaves], []
+    for row in range(len(q)):
+        at = sorted({0, *starts[row].nonzero()[:, 0].tolist()})
+        for a, b in zip(at, [*at[1:], T]):
+            past = wanted[3][row:row + 1] if a == 0 and not starts[row, 0] else None
+            pieces.append(reference.lightning(*(x[row:row + 1, a:b] for x in wanted[:3]), g.double(), state=past))
+            if b == T: pieces[-1] = (*pieces[-1], True)
+    alone = torch.cat([piece[0] for piece in pieces], 1).view(o.shape)
+    last = torch.cat([piece[1] for piece in pieces if len(piece) == 3])
+    truth = torch.autograd.grad((alone * slope.double()).sum() + last.sum(), wanted)
+    for a, b in zip((o, S, *got), (alone, last, *truth)): assert error(a, b) <= TOL[dtype]

@@ -26,7 +26,6 @@ class Form:
     run: Callable
     refuses: Callable[..., str] = _takes_all
     gpu: bool = False                               # picked by itself on a CUDA device only
-    packs: bool = True                              # takes `starts`
 
 # %% ../../nbs/160_ops.dispatch.ipynb #7b99c292
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, scale: float,
@@ -183,7 +182,7 @@ def _forms(op: str, step: Callable) -> tuple[Form, ...]:
     if op == "lightning": about, refuses = "our kernels", _no_lightning_kernel
     else: about, refuses = "one token in one launch", _no_step_kernel
     return (
-        Form("triton", about, _triton(op), refuses, gpu=True, packs=False),
+        Form("triton", about, _triton(op), refuses, gpu=True),
         Form("step", "one token, written out", step, _not_one_token),
         Form("fla", "the chunks of flash-linear-attention", _fla(op), _no_fla, gpu=True),
         Form("torch", "chunks in plain PyTorch", getattr(fast, op)),
@@ -197,21 +196,16 @@ FORMS: dict[str, tuple[Form, ...]] = {
 }
 
 # %% ../../nbs/160_ops.dispatch.ipynb #d100000a
-def choose(
-    op: str, *tensors: Tensor | None, impl: str | None = None, packed: bool = False
-) -> Form:
-    """The first form of `op` that can run on these tensors, or the one called `impl`; `packed`: for
-    rows of several documents. Raises `ValueError` if no form has that name, or if it cannot run."""
+def choose(op: str, *tensors: Tensor | None, impl: str | None = None) -> Form:
+    """The first form of `op` that can run on these tensors, or the one called `impl`.
+
+    Raises `ValueError` if no form has that name, or if the form cannot run."""
     forms, q = FORMS[op], tensors[0]
     assert q is not None
-
-    def refuses(form: Form) -> str:
-        if packed and not form.packs: return "it takes no packed rows"
-        return form.refuses(*tensors)
     if impl is None:
         fitting = (form for form in forms if q.is_cuda or not form.gpu)
-        return next(form for form in fitting if not refuses(form))
-    reasons = {form.name: refuses(form) for form in forms}
+        return next(form for form in fitting if not form.refuses(*tensors))
+    reasons = {form.name: form.refuses(*tensors) for form in forms}
     able = ", ".join(name for name, reason in reasons.items() if not reason)
     if impl not in reasons:
         hint = nearest(impl, reasons)
@@ -239,7 +233,7 @@ def _run(op: str, *tensors: Tensor, scale: float | None, state: Tensor | None,
     if starts is not None and tensors[0].shape[1] == 1:
         if state is not None: state = state.masked_fill(starts.bool().view(-1, 1, 1, 1), 0)
         starts = None
-    form = choose(op, *tensors, state, impl=impl, packed=starts is not None)
+    form = choose(op, *tensors, state, impl=impl)
     packed = {} if starts is None else {"starts": starts}
     return form.run(*tensors, scale=scale, state=state, **packed)
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from . import kernels
+from . import blocks, kernels
 from .reference import OutAndState, check_gdn, check_gla, check_lightning
 
 # %% ../../nbs/150_ops.steps.ipynb #20616f29
@@ -89,7 +89,7 @@ def _columns(q: Tensor, v: Tensor) -> int:
     "Columns of the state a program: 32, or with few heads 16, to use more SMs."
     B, _, H, _ = q.shape
     programs = B * H * triton.cdiv(v.shape[3], 32)
-    _, sms = kernels._device(q)
+    _, sms = blocks._device(q)
     return 32 if programs >= sms else 16
 
 # %% ../../nbs/150_ops.steps.ipynb #57000009
