@@ -67,6 +67,7 @@ step 'Chapters of kernels, under the Triton interpreter (nbdev_test)' \
     env TRITON_INTERPRET=1 nbdev_test --flags interpret --file_re '^1[45]0_ops' --n_workers 0
 tests 'Tests (pytest)' 'not interpret and not browser and not serve' \
     -n auto --maxprocesses 4 --dist loadfile
+step 'Hybrids with int8 weights (torchao)' tests/quantized.sh
 step 'Hybrids with the newest transformers' tests/versions.sh transformers
 TRITON_INTERPRET=1 tests 'Kernels under the Triton interpreter (pytest)' interpret
 tests 'Site and widgets in a real browser (pytest)' browser

@@ -203,6 +203,11 @@ class _Generator:
         return self.host.prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs) -> Any:
+        raise ValueError("continuous batching of transformers has no place for the states of "
+                         "linear layers: generate from a padded batch, or serve the hybrid by vLLM")
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
 # %% ../../nbs/340_model.hybrid.ipynb #80d4367a
 def _random_host(config: HybridConfig) -> PreTrainedModel:
     "The teacher's class with random weights, and linear layers where they should be."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Weights', 'TOLERANCE', 'decayed_scores', 'sala_attention', 'sala_rotary', 'sala_layer', 'sala_logits', 'write_plain',
-           'fill', 'complete', 'write', 'logits_of', 'compare', 'check_folder', 'checked', 'export', 'export_lines',
-           'export_command']
+           'fill', 'complete', 'write', 'logits_of', 'compare', 'check_folder', 'checked', 'check_plain', 'export',
+           'export_lines', 'export_command']
 
 # %% ../../nbs/960_serve.export.ipynb #ddf22646
 import copy, json, shutil
@@ -180,6 +180,19 @@ def checked(form: NativeForm, hybrid: Any, folder: Path, tokens: int) -> dict[st
                      f"by up to {found['difference']:.3g} (at most {limit:.3g} is rounding); "
                      "nothing was written")
 
+# %% ../../nbs/960_serve.export.ipynb #91811934
+def check_plain(hybrid: Any) -> None:
+    "Raise `ValueError` for a hybrid with adapters or quantized weights, which no form has."
+    adapters = [name for name, module in hybrid.named_modules()
+                if type(module).__module__.startswith("peft.")]
+    if adapters:
+        raise ValueError(f"the hybrid holds adapters ({', '.join(adapters[:2])}, ...): merge them "
+                         "first, hybrid = peft_model.merge_and_unload()")
+    for name, weight in hybrid.named_parameters():
+        if type(weight.data) is torch.Tensor and weight.is_floating_point(): continue
+        raise ValueError(f"the hybrid is quantized ({name}): export it before, and quantize the "
+                         "exported checkpoint")
+
 # %% ../../nbs/960_serve.export.ipynb #69db6f7d
 def export(
     hybrid: HybridForCausalLM,
@@ -198,6 +211,7 @@ def export(
     something, and if the logits differ. The folder is written whole or not at all; `OSError` if
     there is no room."""
     wanted = find_form(form)
+    check_plain(hybrid)
     check_fits(hybrid.config, wanted)
     if engine is not None: check_engine(hybrid.config, wanted, engine)
     if head_dim is not None: wanted = widened(wanted, hybrid.config, head_dim)
