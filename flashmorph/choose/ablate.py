@@ -22,8 +22,8 @@ from ..selection import Ranking, check_layers
 from ..store import EventLog, checksum
 
 # %% auto #0
-__all__ = ['Asked', 'Positions', 'Part', 'asked_of', 'books_digest', 'digest_of', 'measured_in', 'in_tape_order',
-           'AnswerDivergence', 'book_sums', 'note', 'ask_batch', 'values_of', 'measure', 'equivalents', 'facts_of',
+__all__ = ['Asked', 'Positions', 'Part', 'asked_of', 'by_book', 'books_digest', 'digest_of', 'measured_in', 'in_tape_order',
+           'AnswerDivergence', 'book_values', 'note', 'ask_batch', 'values_of', 'measure', 'equivalents', 'facts_of',
            'without', 'remove_one', 'add_one', 'by_place', 'gather', 'by_divergence']
 
 # %% ../../nbs/650_choose.ablate.ipynb #c7d35f7d
@@ -41,10 +41,17 @@ def asked_of(
     ids, mask = moved["input_ids"], moved.get("attention_mask")
     # rows of text have no answers
     where = positions({"answers": torch.zeros_like(ids), **moved})
-    if not where.any():
-        raise ValueError("books: expected tokens to answer (see passkeys), got rows without any")
+    if not where.any(1).all():
+        raise ValueError("books: expected tokens to answer in every row (see passkeys), got a row "
+                         "without any")
     with torch.no_grad(), model.full_pass(): hidden = model.hidden(ids, mask)
     return ids, mask, where, hidden[where]
+
+
+def by_book(values: Tensor, where: Tensor) -> Tensor:
+    "Means over the answers of each book (..., B), of values (..., N) at `where` (B, T)."
+    sizes = where.sum(1).tolist()
+    return torch.stack([part.mean(-1) for part in values.split(sizes, -1)], -1)
 
 # %% ../../nbs/650_choose.ablate.ipynb #7e37f514
 def books_digest(asked: Sequence[Asked]) -> str:
@@ -81,7 +88,9 @@ def in_tape_order(sets: Iterable[tuple[int, ...]], layers: int) -> list[tuple[in
 
 # %% ../../nbs/650_choose.ablate.ipynb #c59ee8db
 class AnswerDivergence:
-    """KL(teacher || model with some layers full) over the answers of `books`, in nats a token.
+    """KL(teacher || model with some layers full) at the answers of `books`, in nats a token.
+
+    The value of a set is the mean over books of the mean over the answers of a book.
 
     Reads `count` books (all, if None) and keeps the teacher's hidden states of their answers.
     Counts the `tokens` that were read, forward `passes` over all books, and the blocks that `ran`
@@ -101,7 +110,7 @@ class AnswerDivergence:
         self.digest = short_hash(self.weights, self.data)
         self.share = share and shares_blocks(model)
         self.tokens, self.ran = self.all_tokens, 0
-        self.stage = f"{self.what} {self.digest}"
+        self.stage = f"{self.what} by book {self.digest}"
         self.log = None if log is None else EventLog(log)
         self.known, self.parts = measured_in(self.log, self.stage)
 
@@ -136,14 +145,14 @@ class AnswerDivergence:
 
 # %% ../../nbs/650_choose.ablate.ipynb #7bac0311
 @torch.no_grad()
-def book_sums(
+def book_values(
     far: AnswerDivergence, tape: Tape, batch: int, kept: tuple[int, ...]
 ) -> list[float]:
-    "The sum over the answers of each book of a batch, with the blocks that the tape knows."
+    "The value of each book of a batch, with the blocks that the tape knows."
     ids, mask, where, target = far.asked[batch]
     hidden = tape.hidden(ids, mask, kept)
-    values = far.loss(hidden[where], ids, where, target).double()
-    return [part.sum().item() for part in values.split(where.sum(1).tolist())]
+    values = far.loss(hidden[where], ids, where, target)
+    return by_book(values.double(), where).tolist()
 
 
 def note(far: AnswerDivergence, event: dict[str, Any]) -> None:
@@ -157,7 +166,7 @@ def ask_batch(far: AnswerDivergence, batch: int, sets: Sequence[tuple[int, ...]]
     tape = Tape(far.model, far.share)
     for kept in sets:
         if (kept, batch) in far.parts: continue
-        values = far.parts[kept, batch] = book_sums(far, tape, batch, kept)
+        values = far.parts[kept, batch] = book_values(far, tape, batch, kept)
         far.tokens += far.asked[batch][0].numel()
         note(far, {"full": list(kept), "batch": batch, "books": values})
     far.ran += tape.ran
@@ -169,12 +178,10 @@ def values_of(far: AnswerDivergence, sets: Sequence[tuple[int, ...]], count: int
     ends = [*itertools.accumulate(len(ids) for ids, *_ in far.asked)]
     used = range(min(len(ends), 1 + sum(end < count for end in ends)))
     for batch in used: ask_batch(far, batch, order)
-    answers = sum(len(far.asked[batch][-1]) for batch in used)
 
-    def by_book(kept: tuple[int, ...]) -> list[float]:
+    def books(kept: tuple[int, ...]) -> list[float]:
         return [x for batch in used for x in far.parts[kept, batch]]
-    sums = torch.tensor([by_book(kept) for kept in sets], dtype=torch.float64)
-    return sums * (ends[used[-1]] / answers)
+    return torch.tensor([books(kept) for kept in sets], dtype=torch.float64)
 
 
 def measure(far: AnswerDivergence, sets: Iterable[tuple[int, ...]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from flashmorph.choose.ablate import (
-    AnswerDivergence, add_one, book_sums, by_divergence, facts_of, remove_one, without,
+    AnswerDivergence, add_one, book_values, by_divergence, facts_of, remove_one, without,
 )
 from flashmorph.choose.rank import (
     Memo, OneBudget, Scoring, as_ranking, register_selector, weights_digest,
@@ -230,8 +230,8 @@ def by_silence(model: MorphableModel, books: Iterable, config: Scoring, log: Any
     def recall_without(layer: int) -> float:
         parts = range(len(full.asked))
         with silent(model, layer):
-            right = [book_sums(full, Tape(model, share=False), i, tuple(every)) for i in parts]
-        return sum(map(sum, right)) / sum(len(target) for *_, target in full.asked)
+            right = [book_values(full, Tape(model, share=False), i, tuple(every)) for i in parts]
+        return sum(map(sum, right)) / full.count
 
     base = memo([-1], lambda: full(every))
     results = [memo([layer], partial(recall_without, layer)) for layer in every]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from flashmorph.choose.ablate import (
-    AnswerDivergence, Asked, asked_of, books_digest, facts_of,
+    AnswerDivergence, Asked, asked_of, books_digest, by_book, facts_of,
 )
 from .gates import answer_positions
 from flashmorph.choose.rank import (
@@ -20,7 +20,7 @@ from flashmorph.choose.rank import (
 )
 from .search import beam
 from ..data.mixture import batches
-from ..model.logits import divergence, hidden_states, valid
+from ..model.logits import hidden_states, token_divergence, valid
 from ..model.morph import MorphableModel, branch_tensors
 from ..selection import Ranking
 from ..settings import setting
@@ -59,13 +59,12 @@ def split_books(
 # %% ../../nbs/690_choose.tuned.ipynb #d3909a2d
 @torch.no_grad()
 def held_out_kl(hybrid: nn.Module, model: MorphableModel, asked: Iterable[Asked]) -> float:
-    "KL(teacher || hybrid), mean over the positions of `asked`, in nats."
-    total, count = 0.0, 0
+    "KL(teacher || hybrid) in nats, the mean over the books of `asked` as in `AnswerDivergence`."
+    found = []
     for ids, mask, where, target in asked:
         ours = hidden_states(hybrid, ids, mask)[where]
-        total += divergence(hybrid, model, ours, target).item() * len(target)
-        count += len(target)
-    return total / count
+        found.append(by_book(token_divergence(hybrid, model, ours, target), where))
+    return torch.cat(found).mean().item()
 
 
 class Variants:
@@ -77,7 +76,7 @@ class Variants:
         self.asked = [asked_of(model, batch, where) for batch in batches(held, config.batch_size)]
         self.teacher = model.commit(range(model.num_layers))
         self.weights = weights_digest(model)
-        self.memo = Memo(log, f"tuned {config} {self.weights} {books_digest(self.asked)}")
+        self.memo = Memo(log, f"tuned by book {config} {self.weights} {books_digest(self.asked)}")
 
     @property
     def taken(self) -> dict[str, int]:

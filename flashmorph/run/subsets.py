@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..choose.ablate import Asked, asked_of, digest_of, in_tape_order
+from ..choose.ablate import Asked, asked_of, by_book, digest_of, in_tape_order
 from ..choose.rank import Memo
 from ..data.mixture import batches
 from ..model.branches import only_full
@@ -23,8 +23,8 @@ from ..scores import Subsets
 from ..selection import check_layers
 
 # %% auto #0
-__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'by_book', 'HeldOut', 'subsets', 'sums_of', 'table', 'summed_up',
-           'place_of', 'interactions']
+__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'HeldOut', 'subsets', 'sums_of', 'table', 'summed_up', 'place_of',
+           'interactions']
 
 # %% ../../nbs/880_run.subsets.ipynb #abfdbc31
 MEASURES = ("kl", "nll", "recall")
@@ -49,12 +49,6 @@ def token_values(
             found.append(torch.stack([kl, nll, q.argmax(-1) == y]).double().cpu())
     return torch.cat(found, 1)
 
-
-def by_book(values: Tensor, where: Tensor) -> Tensor:
-    "Means `(3, B)` over the answers of each book, from values `(3, N)` at `where` `(B, T)`."
-    sizes = where.sum(1).tolist()
-    if not all(sizes): raise ValueError("books: expected answers in every book, got one without")
-    return torch.stack([part.mean(1) for part in values.split(sizes, 1)], 1)
 
 # %% ../../nbs/880_run.subsets.ipynb #363f8734
 Values = dict[str, Any]
