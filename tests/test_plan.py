@@ -6,15 +6,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from flashmorph.choose.gates import AnswerObjective, PriceObjective
+from flashmorph.measure import machines
 from flashmorph.measure import plan as planning
-from flashmorph.measure.cost import CostModel, visible_pairs
+from flashmorph.measure.cost import CostModel, count_weights, meta_model, visible_pairs
+from flashmorph.measure.machines import Machine
 from flashmorph.measure.plan import plan
 from flashmorph.measure.spend import Passes
 from flashmorph.model import logits
 from flashmorph.model.morph import morph
 from flashmorph.model.teacher import load_teacher
 from flashmorph.run import cli
-from flashmorph.run.recipe import save_recipe
+from flashmorph.run.convert import convert
+from flashmorph.run.recipe import load_recipe, save_recipe
 from flashmorph.train.align import AlignConfig, AlignObjective
 from flashmorph.train.distill import DistillObjective, NextTokenObjective
 from flashmorph.train.least_squares import least_squares
@@ -132,3 +135,72 @@ def test_a_plan_follows_its_recipe(tmp_path):
         with pytest.raises(TypeError, match="expected a recipe"): plan(wrong, rate=1e9)
     with pytest.raises(ValueError, match="rate"): plan(recipe, rate=0)
     with pytest.raises(ValueError, match="budget"): plan(small_recipe(recipe.teacher, budget=99))
+
+
+def planned(*args):
+    env = {"COLUMNS": "130", "TERM": "dumb", "NO_COLOR": "1"}
+    return CliRunner().invoke(cli.app, ["plan", *map(str, args)], prog_name="flashmorph", env=env)
+
+
+@pytest.mark.parametrize("name, total", [
+    ("qwen3-0.6b", 596e6), ("qwen3-1.7b", 1.72e9), ("qwen3-8b", 8.19e9), ("qwen3-30b-a3b", 30.5e9),
+    ("smollm2-135m", 134.5e6)])
+def test_teachers_of_shipped_recipes_have_the_right_size(name, total):
+    "The parameters of their model cards, from facts that come with the package."
+    config = planning.teacher_config(load_recipe(name).teacher)
+    assert abs(count_weights(meta_model(config)).parameters / total - 1) < 0.005
+
+
+def test_a_shipped_recipe_has_a_plan_without_weights_or_network():
+    machine = Machine("h100", 4, 0.5)
+    made = plan(load_recipe("smollm2-135m"), machine=machine)
+    align, gates, distill, finetune = made.stages
+    assert gates.parts.gradients == gates.parts.optimizer == 0 and align.parts.logits == 0
+    # at least 4 + 4 + 8 bytes for each weight of the hybrid, divided by four
+    for stage in (distill, finetune):
+        held = stage.parts
+        assert held.weights + held.gradients + held.optimizer > 16 * 134.5e6 / 4
+        assert stage.memory == held.total() > held.weights + held.optimizer
+        assert stage.seconds == stage.flops / (4 * 0.5 * 989e12)
+
+
+def test_the_command_plans_and_warns():
+    done = planned("smollm2-135m-cheap", "--gpu", "l40s", "--set", "distill.batch_size=8192")
+    assert done.exit_code == 0, done.output
+    assert "hours of l40s" in " ".join(done.output.split()) and "60.4K" in done.output
+    assert "warning: distill flashmorph needs" in done.output and "has 48 GB" in done.output
+    assert "warning: align" not in done.output
+    for wrong in (["--gpu", "h10"], ["--gpus", 0], ["--share", 2], ["--set", "align.tokens=x"]):
+        done = planned("qwen3-0.6b", *wrong)
+        assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
+
+
+def test_memory_follows_the_settings():
+    def held(**stage):
+        recipe = small_recipe("bundled", distill={"steps": 1, **stage})
+        return plan(recipe, rate=1e9, machine=Machine("cpu")).stages[2].parts
+    one, two = held(batch_size=4), held(batch_size=8)
+    assert 1.9 < two.activations / one.activations < 2.1 and two.gradients == one.gradients
+    again = held(batch_size=8, recompute=True)
+    assert again.activations + again.again < two.activations / 3
+    assert held(batch_size=4, accumulate=2).total() > one.total()
+
+
+def test_a_run_that_cannot_fit_is_warned_of(monkeypatch):
+    monkeypatch.setattr(planning, "memory_here", lambda: 1000)
+    warned = plan(small_recipe("bundled"), rate=1e9).warnings()
+    assert len(warned) == 4 and all("this machine has 1 KB" in line for line in warned)
+
+
+def test_convert_warns_before_it_trains(monkeypatch, tmp_path):
+    "Of what is held beside the weights, too: all stages fit but the one with large batches."
+    def say(line):
+        said.append(line)
+        if line.startswith("align the"): raise KeyboardInterrupt
+    said = []
+    monkeypatch.setattr(machines, "memory_here", lambda: 10**9)
+    recipe = small_recipe("bundled", distill={"steps": 1, "batch_size": 400})
+    with pytest.raises(KeyboardInterrupt): convert(recipe, tmp_path / "run", say=say)
+    needs = [line for line in said if "needs" in line]
+    assert len(needs) == 1 and needs[0].startswith("distill flashmorph needs")
+    assert "this machine has 1 GB" in needs[0] and said.index(needs[0]) < len(said) - 1

@@ -4,8 +4,9 @@
 
 # %% ../../nbs/540_measure.plan.ipynb #440091ec
 from __future__ import annotations
-import math
+import math, os, tomllib
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any
 import torch
 from rich import box
@@ -13,6 +14,8 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 from .cost import CostModel
+from .machines import Machine, Parts, memory_here
+from .memory import activations, logits_bytes
 from .spend import Passes, cheapest
 from ..model.logits import LOGITS
 from ..model.parts import HALF
@@ -24,7 +27,8 @@ from ..train.objective import FitConfig
 from ..train.precision import gpu_has_bf16
 
 # %% auto #0
-__all__ = ['stage_dtype', 'StagePlan', 'Plan', 'Planner', 'plan_search', 'plan_repair', 'teacher_config', 'plan']
+__all__ = ['AT_LEAST', 'ON_MACHINE', 'TOKENS_A_WORD', 'stage_dtype', 'StagePlan', 'Plan', 'Planner', 'parts_of', 'plan_search',
+           'plan_repair', 'teacher_config', 'plan', 'opening_lines']
 
 # %% ../../nbs/540_measure.plan.ipynb #88c8422d
 def stage_dtype(config: FitConfig, frozen: torch.dtype, morphs: bool) -> torch.dtype:
@@ -33,14 +37,21 @@ def stage_dtype(config: FitConfig, frozen: torch.dtype, morphs: bool) -> torch.d
     return torch.bfloat16 if half and config.precision != "no" else torch.float32
 
 # %% ../../nbs/540_measure.plan.ipynb #e430351c
+AT_LEAST = ("stage", "tokens", "FLOPs", "tokens/s\nat most", "time\nat least", "memory\nat least")
+ON_MACHINE = ("stage", "tokens", "FLOPs", "GPU\nhours", "memory\neach", "weights", "gradi-\nents",
+              "opti-\nmizer", "activa-\ntions", "logits", "disk")
+
 @dataclass(frozen=True)
 class StagePlan:
-    "What one stage takes at least; `memory` is in bytes, `rate` in FLOPs a second."
+    """What one stage takes at least; `memory` is in bytes, `rate` in FLOPs a second.
+
+    With `parts`, `memory` is not the least but what is predicted."""
     stage: str
     tokens: int
     flops: int
     memory: int
     rate: float
+    parts: Parts | None = None
 
     @property
     def seconds(self) -> float: return self.flops / self.rate
@@ -50,36 +61,59 @@ class StagePlan:
         return [stage_label(self.stage), *counts, speed, duration(self.seconds),
                 amount(self.memory, "bytes")]
 
+    def hours(self, machine: Machine) -> list[str]:
+        counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
+        taken = f"{self.seconds * machine.gpus / 3600:,.3g}"
+        parts = self.parts.row() if self.parts else []
+        return [stage_label(self.stage), *counts, taken, amount(self.memory, "bytes"), *parts]
 
+# %% ../../nbs/540_measure.plan.ipynb #08eabf72
 @dataclass(frozen=True)
 class Plan(JupyterMixin):
-    "What each stage of a recipe takes at least; shown as a table."
+    "What each stage of a recipe takes, at least or on a `machine`; shown as a table."
     stages: tuple[StagePlan, ...]
+    machine: Machine | None = None
+
+    def warnings(self) -> list[str]:
+        "A line for each stage that needs more memory than there is."
+        most = self.machine.memory if self.machine else memory_here()
+        gpu = self.machine.gpu if self.machine else "cpu"
+        where = "this machine" if gpu == "cpu" else f"a GPU ({gpu})"
+        advice = "a smaller batch_size with more accumulate, recompute = true, or more GPUs"
+        return [f"{stage_label(s.stage)} needs {amount(s.memory, 'bytes')} of memory and {where} "
+                f"has {amount(most, 'bytes')}: {advice}" for s in self.stages if s.memory > most]
 
     def __str__(self) -> str:
         flops = sum(stage.flops for stage in self.stages)
         tokens = sum(stage.tokens for stage in self.stages)
         seconds = sum(stage.seconds for stage in self.stages)
         most = max(stage.memory for stage in self.stages)
-        return (f"{amount(tokens, 'count')} tokens, {amount(flops, 'flops')}: at least "
-                f"{duration(seconds)} and {amount(most, 'bytes')} of memory on this machine")
+        taken = f"{amount(tokens, 'count')} tokens, {amount(flops, 'flops')}"
+        m = self.machine
+        if m is None: return (f"{taken}: at least {duration(seconds)} and "
+                              f"{amount(most, 'bytes')} of memory on this machine")
+        hours = f"{seconds * m.gpus / 3600:,.1f} hours of {m.gpu}"
+        return (f"{taken}: {hours} in {duration(seconds)} on {m.gpus}, at {m.share:.0%} of the "
+                f"peak; {amount(most, 'bytes')} of memory each")
 
     def __rich__(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=str(self),
                       caption_justify="left")
-        names = ("stage", "tokens", "FLOPs", "tokens/s\nat most", "time\nat least",
-                 "memory\nat least")
+        names = AT_LEAST if self.machine is None else ON_MACHINE
         for i, name in enumerate(names):
             justify: Any = "right" if i else "left"
             table.add_column(name, justify=justify, overflow="fold", no_wrap=not i)
-        for stage in self.stages: table.add_row(*stage.row())
+        for stage in self.stages:
+            table.add_row(*(stage.row() if self.machine is None else stage.hours(self.machine)))
         return table
 
 # %% ../../nbs/540_measure.plan.ipynb #eb074c27
 class Planner:
     "Plans the stages of a `recipe` for a teacher of this configuration."
-    def __init__(self, recipe: Any, config: PreTrainedConfig, rate: float | None):
-        self.recipe, self.rate = recipe, rate
+    def __init__(self, recipe: Any, config: PreTrainedConfig, rate: float | None,
+                 machine: Machine | None = None):
+        self.recipe, self.machine = recipe, machine
+        self.rate = rate
         self.model = CostModel(config, recipe.mixer)
         self.budget = budget_or_quarter(recipe.budget, self.model.num_layers)
         self.dtype = getattr(config, "dtype", None) or torch.float32
@@ -91,14 +125,68 @@ class Planner:
     def stage(self, name: str, config: FitConfig, row: int, flops: int, memory: int) -> StagePlan:
         "A stage whose steps take `flops` for each row of `row` tokens."
         rows = config.steps * config.batch_size * config.accumulate
-        format = stage_dtype(config, self.dtype, name in ("align", "gates"))
-        return StagePlan(name, rows * row, rows * flops, memory, self.rate or self.measured(format))
+        rate = self.speed(self.format(name, config))
+        plain = StagePlan(name, rows * row, rows * flops, memory, rate)
+        if self.machine is None: return plain
+        parts = parts_of(self, name, config)
+        return replace(plain, memory=parts.total(), parts=parts)
+
+    def format(self, name: str, config: FitConfig) -> torch.dtype:
+        if self.machine and self.machine.gpu != "cpu":
+            return torch.float32 if config.precision == "no" else torch.bfloat16
+        return stage_dtype(config, self.dtype, name in ("align", "gates"))
+
+    def speed(self, format: torch.dtype) -> float:
+        "FLOPs a second in this format."
+        if self.rate: return self.rate
+        if self.machine is None: return self.measured(format)
+        here = self.measured(format) if self.machine.gpu == "cpu" else 0.0
+        return self.machine.rate(format, here)
 
     def measured(self, format: torch.dtype) -> float:
         "FLOPs a second of one large product on this machine, measured once."
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if format not in self.rates: self.rates[format] = ceilings(format, device)["flops"]
         return self.rates[format]
+
+# %% ../../nbs/540_measure.plan.ipynb #6859e39a
+TOKENS_A_WORD = 3           # of a passkey: 1.5 with the bundled tokenizer, 2.7 with SmolLM2's
+
+
+def parts_of(planner: Planner, name: str, config: FitConfig) -> Parts:
+    "What a stage holds on each GPU, and its checkpoints on the disk."
+    kind, _, of = name.partition("-")
+    model, machine = planner.model, planner.machine or Machine("cpu")
+    repairs = kind not in ("align", "gates")
+    passes = planner.text if kind in ("align", "distill") else planner.books
+    branches = sum(layer.branch_parameters for layer in passes.layers)
+    full = 0 if of == "all_linear" else planner.budget
+    hybrid = model.weights.parameters + sum(
+        sorted(mixer.parameters for mixer in model.mixers)[:model.num_layers - full])
+
+    # weights, and what training adds to them
+    trained = hybrid if repairs else branches if kind == "align" else 0
+    kept = model.weights.parameters * planner.dtype.itemsize + 4 * branches
+    weights = kept + (4 * hybrid if repairs else 0)
+    states = 4 if getattr(config, "optimizer", "") == "muon" else 8
+    copies = 2 if kind == "align" and config.accumulate > 1 else 1
+
+    # what the step holds
+    format = planner.format(name, config)
+    rows = config.batch_size
+    held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute)
+    if format == torch.bfloat16: held += 2 * trained / machine.gpus
+    books = planner.recipe.passkeys
+    answers = books.keys * books.words_per_key * TOKENS_A_WORD
+    predicted = rows * (answers if kind == "gates" else passes.tokens)
+    logits = logits_bytes(model.config, kind, predicted)
+    if repairs: logits += 4 * model.weights.head
+    share = 1 / machine.gpus
+    return Parts(
+        weights=share * weights, gradients=share * 4 * trained * copies,
+        optimizer=share * states * trained, activations=held, logits=logits,
+        disk=(config.keep + 1) * (4 + states) * trained,
+        together=kind == "align" or config.accumulate > 1, again=again)
 
 # %% ../../nbs/540_measure.plan.ipynb #80bdd184
 def plan_search(planner: Planner) -> list[StagePlan]:
@@ -145,7 +233,13 @@ def plan_repair(planner: Planner, name: str, budget: int) -> list[StagePlan]:
 
 # %% ../../nbs/540_measure.plan.ipynb #8ca968d5
 def teacher_config(name: str) -> PreTrainedConfig:
-    "The configuration of a model, without its weights. Raises `ValueError` if there is none."
+    """The configuration of a model, without its weights. Raises `ValueError` if there is none.
+
+    Those of the shipped recipes' teachers come with the package, unless a folder has the name."""
+    shipped = files("flashmorph") / "static" / "teachers.toml"
+    facts = tomllib.loads(shipped.read_text(encoding="utf-8")).get(name)
+    if facts and not os.path.exists(name):
+        return AutoConfig.for_model(**facts, dtype=torch.bfloat16)
     place = find_model(name)
     read_config(f"model {name!r}", place, trust_remote_code=False)
     return AutoConfig.from_pretrained(place)
@@ -155,8 +249,9 @@ def plan(
     recipe: Any,  # as `flashmorph.run.recipe.load_recipe` reads it
     config: PreTrainedConfig | None = None,  # of the teacher; by default read by its name
     rate: float | None = None,  # FLOPs a second; by default measured, in a fraction of a second
+    machine: Machine | None = None,  # GPUs by name, for hours and for all of the memory
 ) -> Plan:
-    """What each stage of a recipe takes at least: tokens, FLOPs, time and memory.
+    """What each stage of a recipe takes, tokens, FLOPs, time and memory: at least, or on a machine.
 
     Nothing is trained, written or loaded but the configuration of the teacher. The time is that of
     the matrix products at the rate of one large product. Raises `TypeError`
@@ -165,8 +260,14 @@ def plan(
     if not hasattr(recipe, "align"):
         raise TypeError(f"expected a recipe (see load_recipe), got {type(recipe).__name__}")
     if rate is not None and not rate > 0: raise ValueError(f"rate: expected > 0, got {rate!r}")
-    planner = Planner(recipe, config or teacher_config(recipe.teacher), rate)
+    planner = Planner(recipe, config or teacher_config(recipe.teacher), rate, machine)
     stages = plan_search(planner)
     budgets = {"flashmorph": planner.budget, "uniform": planner.budget, "all_linear": 0}
     for name in ("flashmorph", *recipe.compare): stages += plan_repair(planner, name, budgets[name])
-    return Plan(tuple(stages))
+    return Plan(tuple(stages), machine)
+
+# %% ../../nbs/540_measure.plan.ipynb #2b708358
+def opening_lines(recipe: Any, config: PreTrainedConfig) -> list[str]:
+    "What a run takes at least on this machine, and a warning for each stage that cannot fit."
+    here = plan(recipe, config, rate=1.0, machine=Machine("cpu"))
+    return [str(plan(recipe, config)), *here.warnings()]

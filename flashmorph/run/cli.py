@@ -12,6 +12,7 @@ import typer
 from .evaluation import (
     PASSED_ON, BatchSize, Keys, Length, WordsPerKey, evaluate, harness, listed, whole_numbers)
 from .publish import RunFolder, pull_command, push_command
+from .planning import plan_command, show_plan
 from .recipes import recipes_command
 from .terminal import (
     OneLineErrors, console, plain_errors, show, show_progress, show_step)
@@ -20,9 +21,9 @@ from ..store import write_aside
 
 # %% auto #0
 __all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Dtype',
-           'Json', 'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'show_plan', 'convert',
-           'demo', 'select', 'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops',
-           'bench_gates', 'bench_align', 'speed_command']
+           'Json', 'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'convert', 'demo', 'select',
+           'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops', 'bench_gates',
+           'bench_align', 'speed_command']
 
 # %% ../../nbs/990_run.cli.ipynb #30d329b7
 app = typer.Typer(
@@ -61,13 +62,6 @@ def run_recipe(
         console.print(spent_table(results))
         for name in ("hybrid", "report.html", "results.json"): show(f"{name:13} {out / name}")
 
-# %% ../../nbs/990_run.cli.ipynb #54b83f82
-def show_plan(recipe: Path, changes: list[str]) -> None:
-    "Print what the stages of a recipe take at least; nothing is trained, written or loaded."
-    from flashmorph.measure.plan import plan
-    from flashmorph.run.recipe import load_recipe
-    with plain_errors(): console.print(plan(load_recipe(recipe, changes)))
-
 # %% ../../nbs/990_run.cli.ipynb #d453a054
 @app.command()
 def convert(
@@ -79,7 +73,8 @@ def convert(
     only_plan: OnlyPlan = False,
 ) -> None:
     "Convert a teacher as a recipe says: align, gates, select, distill, finetune, evaluate."
-    if only_plan: show_plan(recipe or out / "recipe.toml", changes or [])
+    if only_plan:
+        with plain_errors(): show_plan(recipe or out / "recipe.toml", changes or [])
     else: run_recipe(recipe, out, changes or [], resume, overwrite)
 
 # %% ../../nbs/990_run.cli.ipynb #288a24c8
@@ -96,6 +91,7 @@ def demo(
 
 # %% ../../nbs/990_run.cli.ipynb #9a77c47c
 app.command("recipes")(recipes_command)
+app.command("plan")(plan_command)
 
 # %% ../../nbs/990_run.cli.ipynb #c9331d2a
 @app.command()

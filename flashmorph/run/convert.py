@@ -15,7 +15,7 @@ from ..folder import BRANCHES_FILE, Run
 from ..ledger import Ledger, adopt, check_finite, chosen, is_finished, read_scores
 from ..measure.cost import cost
 from ..measure.evaluate import evaluate
-from ..measure.plan import plan
+from ..measure.plan import opening_lines
 from ..measure.spend import Spending
 from ..model.hybrid import HybridForCausalLM
 from ..model.morph import MorphableModel, morph
@@ -236,7 +236,7 @@ def start(
     check_place(run.folder, overwrite, keep)
     materials = Materials(recipe)
     check_materials(materials)
-    say(str(plan(recipe, materials.teacher.config)))
+    for line in opening_lines(recipe, materials.teacher.config): say(line)
     # nothing was touched until here
     if not is_free(run.folder): move_aside(run.folder, keep)
     with run.lock():
