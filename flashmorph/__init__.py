@@ -30,6 +30,7 @@ from flashmorph.serve import native as _native  # noqa: F401 (registers `gdn_nat
 from flashmorph.train.align import align
 from flashmorph.train.distill import distill, finetune
 from flashmorph.train.objective import Callback, FitConfig, FitResult
+from flashmorph.train.tracking import Tracking
 
 # Looked up when asked for, because they need ipywidgets and plotly: name -> module.
 ON_DEMAND = {
@@ -50,8 +51,8 @@ def __getattr__(name: str):
 __all__ = [
     "BudgetExplorer", "Callback", "FitConfig", "FitResult", "GateMonitor", "GateRun",
     "HybridConfig", "HybridForCausalLM", "Mixer", "Mixture", "MorphableModel", "Ranking",
-    "RecallMap", "Run", "Selection", "SelectionCompare", "align", "distill", "evaluate",
-    "evaluate_models", "finetune", "lay_out", "lm_eval", "load_model", "load_teacher",
-    "mixer_names", "morph", "needles", "passkeys", "plan", "rank", "register_mixer",
-    "register_selector", "ruler", "text", "train_gates", "uniform",
+    "RecallMap", "Run", "Selection", "SelectionCompare", "Tracking", "align", "distill",
+    "evaluate", "evaluate_models", "finetune", "lay_out", "lm_eval", "load_model",
+    "load_teacher", "mixer_names", "morph", "needles", "passkeys", "plan", "rank",
+    "register_mixer", "register_selector", "ruler", "text", "train_gates", "uniform",
 ]

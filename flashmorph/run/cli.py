@@ -20,9 +20,9 @@ from ..serve.export import export_command
 from ..store import write_aside
 
 # %% auto #0
-__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'run_harness', 'run_export', 'bench', 'Count', 'Device', 'Dtype',
-           'Json', 'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'convert', 'demo', 'select',
-           'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops', 'bench_gates',
+__all__ = ['app', 'Set', 'Resume', 'OnlyPlan', 'Overwrite', 'Track', 'run_harness', 'run_export', 'bench', 'Count', 'Device',
+           'Dtype', 'Json', 'Repeats', 'Model', 'Lengths', 'Changes', 'any_command', 'run_recipe', 'convert', 'demo',
+           'select', 'compare', 'pretrain', 'write_measured', 'keeper', 'show_measured', 'bench_ops', 'bench_gates',
            'bench_align', 'speed_command']
 
 # %% ../../nbs/990_run.cli.ipynb #30d329b7
@@ -42,22 +42,28 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in th
 OnlyPlan = Annotated[bool, typer.Option(
     "--plan", help="Only print what each stage takes at least, and train nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
+Track = Annotated[list[str] | None, typer.Option(
+    "--track", metavar="NAME", help="tensorboard, trackio or wandb; may be repeated.")]
 
 # %% ../../nbs/990_run.cli.ipynb #d065bee2
 def run_recipe(
-    recipe: Path | None, out: Path, changes: list[str], resume: bool, overwrite: bool
+    recipe: Path | None, out: Path, changes: list[str], resume: bool, overwrite: bool,
+    track: list[str] | None = None,
 ) -> None:
     "Convert, and print the table of results."
     from flashmorph.run.convert import convert
     from flashmorph.run.recipe import load_recipe
     from flashmorph.show.table import results_table, spent_table
+    from flashmorph.train.tracking import Tracking
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                   # of loading and saving; the bars of training stay
     with plain_errors(out):
         # changes without a recipe are changes of the run's own
         if resume and changes and recipe is None: recipe = out / "recipe.toml"
         loaded = load_recipe(recipe, changes) if recipe else None
-        results = convert(loaded, out, resume=resume, overwrite=overwrite, say=show_step)
+        watching = [Tracking(track, out)] if track else []
+        results = convert(loaded, out, resume=resume, overwrite=overwrite, say=show_step,
+                          callbacks=watching)
         console.print(results_table(results))
         console.print(spent_table(results))
         for name in ("hybrid", "report.html", "results.json"): show(f"{name:13} {out / name}")
@@ -70,12 +76,12 @@ def convert(
     out: Annotated[Path, typer.Option(
         help="Run folder; never written over unless told to.")] = Path("runs/convert"),
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
-    only_plan: OnlyPlan = False,
+    track: Track = None, only_plan: OnlyPlan = False,
 ) -> None:
     "Convert a teacher as a recipe says: align, gates, select, distill, finetune, evaluate."
     if only_plan:
         with plain_errors(): show_plan(recipe or out / "recipe.toml", changes or [])
-    else: run_recipe(recipe, out, changes or [], resume, overwrite)
+    else: run_recipe(recipe, out, changes or [], resume, overwrite, track)
 
 # %% ../../nbs/990_run.cli.ipynb #288a24c8
 @app.command()
@@ -83,11 +89,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     mixer: Annotated[str | None, typer.Option(help="Kind of linear attention.")] = None,
     changes: Set = None, resume: Resume = False, overwrite: Overwrite = False,
+    track: Track = None,
 ) -> None:
     "The whole story on the bundled teacher: a table and a report at the end."
     recipe = None if resume else Path("demo")
     asked = [f"mixer={mixer}"] if mixer else []
-    run_recipe(recipe, out, [*asked, *(changes or [])], resume, overwrite)
+    run_recipe(recipe, out, [*asked, *(changes or [])], resume, overwrite, track)
 
 # %% ../../nbs/990_run.cli.ipynb #9a77c47c
 app.command("recipes")(recipes_command)

@@ -213,6 +213,7 @@ def finish(work: Conversion) -> dict[str, Any]:
     card_hybrid(work.run.folder)
     work.ledger.write(finished=True, recipe=recipe_facts(work.recipe))
     shutil.rmtree(work.run.path("checkpoints"), ignore_errors=True)
+    for callback in work.options["callbacks"]: callback.finish(results)
     return results
 
 # %% ../../nbs/820_run.convert.ipynb #43b9697a

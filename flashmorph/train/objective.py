@@ -192,3 +192,6 @@ class Callback:
 
     def stop(self, reason: str) -> None:
         "Instead of `end`, after an interruption or an error: `\"KeyboardInterrupt: ...\"`."
+
+    def finish(self, results: dict[str, Any]) -> None:
+        "After a whole conversion: what its `results.json` holds."
