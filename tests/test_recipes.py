@@ -5,10 +5,12 @@ import tomllib
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file
 from small import save_teacher
 from typer.testing import CliRunner
 
+from flashmorph import load_teacher
 from flashmorph.run.cli import app
 from flashmorph.run.recipe import (
     ROWS, Recipe, load_recipe, recipe_from_dict, recipe_toml, shipped_recipes)
@@ -33,7 +35,7 @@ def flashmorph(*args, **env):
 def test_the_names_that_are_promised():
     models = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "qwen3-30b-a3b", "smollm2-135m", "demo"]
     assert {name + more for name in models for more in ("", "-cheap")} <= set(NAMES)
-    assert {"qwen3-1.7b-hypenet", "longer"} <= set(NAMES)
+    assert {"qwen3-1.7b-hypenet", "qwen3-1.7b-traces", "longer"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,3 +136,29 @@ def test_small_teachers_go_through_all_stages(name, family, sizes, tmp_path):
     for key in routers:
         found = [value for other, value in after.items() if other.endswith(key)]
         assert found and not torch.equal(found[0].float(), before[key].float()), key
+
+
+def test_conversations_are_distilled_by_name(tmp_path):
+    "By the teacher's own template; without one, a sentence before anything is spent."
+    teacher = save_teacher(tmp_path / "teacher", "qwen3")
+    chats = tmp_path / "traces.jsonl.zst"
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"What is {n} + {n}?"},
+                                      {"role": "assistant", "content": f"It is {n + n}. " * 9}]})
+             for n in range(100)]
+    chats.write_bytes(zstandard.compress("\n".join(lines).encode()))
+    sources = [f"text.source={chats}", "text.column=messages", "passkeys.source=stories",
+               "evaluate.source=stories"]
+    few = [change for change in FEW if not change.startswith(("text.source", "finetune"))]
+    changes = [f"--set={change}" for change in (f"teacher={teacher}", *sources, *few)]
+    order = "convert", "qwen3-1.7b-traces", "--out", tmp_path / "run"
+    done = flashmorph(*order, *changes)
+    assert done.exit_code == 2 and "no chat template" in done.output
+    assert not (tmp_path / "run").exists()
+
+    _, tokenizer = load_teacher(teacher)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(teacher)
+    done = flashmorph(*order, *changes)
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["spent"]) == {"align", "gates", "distill-flashmorph"}

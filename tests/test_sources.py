@@ -7,10 +7,13 @@ import warnings
 
 import datasets
 import pytest
+import zstandard
 
+from flashmorph import load_teacher
 from flashmorph.data.files import LOADERS, SourceConfig, content_hash
 from flashmorph.data.sources import documents, is_held_out
 from flashmorph.data.stories import Stories
+from flashmorph.data.text import text
 
 TEXTS = [Stories(1)[i] for i in range(300)]
 
@@ -26,6 +29,7 @@ def write(path, docs, column="text"):
     if ".txt" in path.name.lower(): content = "\n".join(docs).encode()
     else: content = lines.encode()
     if path.suffix == ".gz": content = gzip.compress(content)
+    if path.suffix == ".zst": content = zstandard.compress(content)
     if path.suffix == ".parquet": datasets.Dataset.from_dict({column: docs}).to_parquet(str(path))
     else: path.write_bytes(content)
     return path
@@ -69,7 +73,8 @@ def test_two_colons_are_refused(tmp_path):
 
 # What is in a file
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.jsonl", "a.txt.zst",
+                                  "a.jsonl.zst", "a.json", "a.parquet"])
 def test_formats(tmp_path, name):
     "14: compressed files too."
     path = tmp_path / name
@@ -130,6 +135,85 @@ def test_broken_files_name_themselves(tmp_path):
     for name in ("a.parquet", "a.jsonl"):
         with pytest.raises(ValueError, match=name) as caught: texts(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+# Conversations
+
+CHATS = [[{"role": "user", "content": f"Where is {name}?"},
+          {"role": "assistant", "content": f"{name} went home."}] for name in ("Anna", "Boris")]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+
+
+def chat_file(path, chats):
+    lines = "\n".join(json.dumps({"messages": chat, "n": 1}) for chat in chats).encode()
+    if path.suffix == ".zst": lines = zstandard.compress(lines)
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_dict({"messages": chats}).to_parquet(str(path))
+    else: path.write_bytes(lines)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.parquet"])
+def test_conversations_are_written_by_the_template(tmp_path, name):
+    "Each conversation once, as its messages say, with nothing for fields that it lacks."
+    _, tokenizer = load_teacher()
+    tokenizer.chat_template = TEMPLATE
+    called = [*CHATS[0], {"role": "tool", "content": "By the river.", "name": "look"}]
+    path = chat_file(tmp_path / name, [called, [], CHATS[1], None])
+    docs = documents(path, column="messages", held_out=None)
+    with pytest.warns(UserWarning, match="without text"):
+        assert [doc["messages"] for doc in docs] == [called, CHATS[1]]
+    assert docs.skipped == 2
+
+    # joined and cut into rows
+    def shown(chat): return "".join(f"<{m['role']}>{m['content']}</>" for m in chat)
+    both = shown(called), shown(CHATS[1])
+    ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in both]
+    joined = [*ids[0], tokenizer.eos_token_id, *ids[1]]
+    blocks = text(tokenizer, path, column="messages", length=len(joined), held_out=None)
+    with pytest.warns(UserWarning, match="without text"): found = next(iter(blocks))
+    assert found["input_ids"].tolist() == joined
+
+
+def test_errors_of_conversations_are_one_sentence(tmp_path):
+    _, tokenizer = load_teacher()
+    path = chat_file(tmp_path / "a.jsonl", CHATS)
+    with pytest.raises(ValueError, match="no chat template") as caught:
+        next(iter(text(tokenizer, path, column="messages")))
+    assert "\n" not in str(caught.value)
+    path.write_text(json.dumps({"messages": [{"from": "human", "value": "Hi"}]}))
+    with pytest.raises(ValueError, match="a.jsonl: expected text or a conversation in column"):
+        next(iter(text(tokenizer, path, column="messages")))
+    with pytest.raises(ValueError, match=r"expected a column 'text', got \['messages'\]"):
+        next(iter(text(tokenizer, path)))
+
+
+def test_conversations_are_held_out_by_what_is_said(tmp_path):
+    "From every model alike: neither the template nor the order of the fields counts."
+    chats = [[{"role": "user", "content": f"Number {n}?"}] for n in range(300)]
+    turned = [[dict(reversed(m.items())) for m in chat] for chat in chats]
+    sides = []
+    for name, rows in (("a.jsonl", chats), ("b.jsonl", turned)):
+        path = chat_file(tmp_path / name, rows)
+        sides += [[doc["messages"] for doc in documents(path, column="messages", held_out=side)]
+                  for side in (True, False)]
+    assert sides[:2] == sides[2:] and 0 < len(sides[0]) < 30
+    assert len(sides[0]) + len(sides[1]) == 300
+
+
+def test_skipped_rows_are_counted_over_resumes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": one} for one in (TEXTS[0], None, "", TEXTS[1], None, TEXTS[2])]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    whole = documents(path, held_out=None)
+    with pytest.warns(UserWarning, match="without text"):
+        positions = [whole.state_dict() for _ in whole]
+    assert whole.skipped == 3
+    assert [place.get("skipped", 0) for place in positions] == [0, 2, 3]
+    again = documents(path, held_out=None)
+    again.load_state_dict(positions[1])
+    with pytest.warns(UserWarning, match="without text"): assert len(list(again)) == 1
+    assert again.skipped == 3
 
 
 # Names and settings

@@ -13,8 +13,8 @@ from ..settings import Settings, setting
 from ..store import nearest
 
 # %% auto #0
-__all__ = ['LOADERS', 'FILE_KINDS', 'EXPECTED', 'HASHED', 'checked_name', 'plain_source', 'SourceConfig', 'file_kind',
-           'files_of_folder', 'check_file', 'looks_local', 'local_files', 'content_hash']
+__all__ = ['LOADERS', 'FILE_KINDS', 'COMPRESSED', 'EXPECTED', 'HASHED', 'checked_name', 'plain_source', 'SourceConfig',
+           'file_kind', 'files_of_folder', 'check_file', 'looks_local', 'local_files', 'content_hash']
 
 # %% ../../nbs/210_data.files.ipynb #3c9df90b
 # names that `datasets` takes for a way to read all files of the working folder
@@ -44,7 +44,7 @@ def plain_source(source: Any) -> Any:
 class SourceConfig(Settings):
     """Where documents come from: `source` is `"stories"`, files, a folder, or a hub dataset.
 
-    `split` and `subset` choose a part of a hub dataset, `column` holds its text.
+    `split` and `subset` choose a part of a hub dataset. `column` holds its text, or conversations.
     `sample_by` says what is a document in `.txt` files: a `"line"`, a `"paragraph"` or the whole
     file (`"document"`)."""
     table: ClassVar[str] = "text"
@@ -75,12 +75,16 @@ class SourceConfig(Settings):
 
 # %% ../../nbs/210_data.files.ipynb #bf505c83
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-EXPECTED = f"expected one of {', '.join(FILE_KINDS)}, each also with .gz behind"
+COMPRESSED = ".gz", ".zst"
+EXPECTED = (f"expected one of {', '.join(FILE_KINDS)}, each also with "
+            f"{' or '.join(COMPRESSED)} behind")
 
 
 def file_kind(path: str | Path) -> str | None:
     "How `datasets` calls the kind of a file, by its name; `None` for other files."
-    return FILE_KINDS.get(Path(Path(path).name.lower().removesuffix(".gz")).suffix)
+    name = Path(Path(path).name.lower())
+    if name.suffix in COMPRESSED: name = name.with_suffix("")
+    return FILE_KINDS.get(name.suffix)
 
 # %% ../../nbs/210_data.files.ipynb #3962aeea
 def files_of_folder(folder: Path) -> list[Path]:

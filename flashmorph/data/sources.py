@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from .chats import document_text, read_chat
 from .files import HASHED, SourceConfig, content_hash, file_kind, local_files
 from .stories import StoryDocuments, digest, state_value
 
 # %% auto #0
-__all__ = ['HELD_OUT_ONE_IN', 'NOTHING_HELD_OUT', 'is_held_out', 'check_position', 'first_line', 'TextColumn', 'Documents',
-           'open_stream', 'open_files', 'open_hub', 'source_name', 'source_facts', 'open_source', 'documents']
+__all__ = ['HELD_OUT_ONE_IN', 'NOTHING_HELD_OUT', 'is_held_out', 'check_position', 'first_line', 'read_document', 'TextColumn',
+           'Documents', 'open_stream', 'open_files', 'open_hub', 'source_name', 'source_facts', 'open_source',
+           'documents']
 
 # %% ../../nbs/220_data.sources.ipynb #96422557
 HELD_OUT_ONE_IN = 50
@@ -43,24 +45,51 @@ def first_line(error: Exception) -> str:
     message = str(error).strip()
     return message.partition("\n")[0] or type(error).__name__
 
+# %% ../../nbs/220_data.sources.ipynb #98bde453
+def read_document(row: dict[str, Any], column: str, name: str) -> dict[str, Any] | None:
+    """The document in `column` of a row, `None` where there is no text. `name` is for errors.
+
+    Raises `ValueError` for a missing column, and for neither text nor a conversation."""
+    if column not in row:
+        raise ValueError(f"{name}: expected a column {column!r}, got {sorted(row)}; "
+                         "name it with column=")
+    value = row[column]
+    if value is None: return None
+    if isinstance(value, str):
+        text = value.removeprefix("\ufeff")     # a byte order mark is no part of a text
+        return {"text": text} if text else None
+    chat = value == [] or isinstance(value, list) and isinstance(value[0], dict)
+    if not chat:
+        raise ValueError(f"{name}: expected text in column {column!r}, got {value!r:.60}")
+    try: messages = read_chat(value)
+    except ValueError as e:
+        where = f"{name}: expected text or a conversation in column {column!r}"
+        raise ValueError(f"{where}; {e}") from e
+    return {"messages": messages} if messages else None
+
 # %% ../../nbs/220_data.sources.ipynb #75976e4e
 class TextColumn:
-    """The texts of one column of a streaming dataset, with a position; each `iter` is one pass.
+    """The documents of one column of a streaming dataset, with a position; an `iter` is one pass.
 
-    Rows without text are skipped, with a warning. Raises `ValueError` naming the source: for a
-    missing column, for a value that is no text, and for whatever the dataset complains of."""
+    A document is `{"text": ...}`, or `{"messages": ...}` where the column holds conversations.
+    Rows without text are skipped and counted, with a warning. Raises `ValueError` naming the
+    source: for a missing column, for a value that is neither text nor a conversation, and for
+    whatever the dataset complains of."""
     def __init__(self, dataset: Any, column: str = "text", name: str = "dataset"):
         self.dataset = dataset
         self.column = column
         self.name = f"text source {name}"
         self.position: Any = None        # behind the last text; None: at the start of a pass
+        self.skipped = 0                 # rows without text, in all passes
         self.warned: set[str] = set()
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         self.dataset.load_state_dict(self.position)
         for row in self._rows():
             self.position = self.dataset.state_dict()
-            if text := self._text(row): yield text
+            doc = self._document(row)
+            if doc is None: self.skip(row[self.column])
+            else: yield doc
         self.position = None
 
     def load_position(self, position: Any) -> None:
@@ -73,19 +102,17 @@ class TextColumn:
         except OSError as e: raise OSError(f"{self.name}: {e}") from e
         except Exception as e: raise ValueError(f"{self.name}: {first_line(e)}") from e
 
-    def _text(self, row: dict[str, Any]) -> str:
-        if self.column not in row:
-            raise ValueError(f"{self.name}: expected a column {self.column!r}, got {sorted(row)}; "
-                             "name it with column=")
-        text = row[self.column]
-        if text is None:
-            self.warn(f"a row without text in column {self.column!r}; such rows are skipped")
-            return ""
-        if not isinstance(text, str):
-            raise ValueError(f"{self.name}: expected text in column {self.column!r}, "
-                             f"got {text!r:.60}")
-        if "\0" in text: self.warn("a document with NUL bytes; is it text in UTF-8?")
-        return text.removeprefix("\ufeff")      # a byte order mark is no part of a text
+    def _document(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        doc = read_document(row, self.column, self.name)
+        if doc and "\0" in doc.get("text", ""):
+            self.warn("a document with NUL bytes; is it text in UTF-8?")
+        return doc
+
+    def skip(self, value: Any) -> None:
+        "Count a row without text; an empty line between two others needs no warning."
+        self.skipped += 1
+        if isinstance(value, str): return
+        self.warn(f"a row without text in column {self.column!r}; such rows are skipped")
 
     def warn(self, message: str) -> None:
         "Warn of `message`, once."
@@ -97,7 +124,7 @@ NOTHING_HELD_OUT = "no document is held out, so evaluation reads the documents o
 
 
 class Documents:
-    """The documents `{"text": ...}` of a `TextColumn` on one side of what is held out.
+    """The documents of a `TextColumn` on one side of what is held out.
 
     `held_out`: False for what training reads, True for what evaluation reads, None for everything.
     If all documents of a pass lie on one side, nothing is held out: all are read, evaluation warns.
@@ -110,15 +137,16 @@ class Documents:
         self.everything = held_out is None
         self.sides: set[bool] = set()            # the sides seen since the pass began
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
+    @property
+    def skipped(self) -> int: return self.texts.skipped
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
-            for text in self.texts:
-                side = is_held_out(text)
-                self.sides.add(side)
-                if self.everything or side == self.held_out: yield {"text": text}
+            for doc in self.texts:
+                self.sides.add(side := is_held_out(document_text(doc)))
+                if self.everything or side == self.held_out: yield doc
             sides, self.sides = self.sides, set()
             if self.everything or len(sides) != 1: return
-            # a whole pass on one side: nothing is held out
             if self.held_out: self.texts.warn(NOTHING_HELD_OUT)
             if self.held_out in sides: return
             self.everything = True
@@ -128,6 +156,7 @@ class Documents:
 
     def state_dict(self) -> dict[str, Any]:
         known = {"everything": self.everything, "sides": sorted(self.sides)}
+        if self.skipped: known["skipped"] = self.skipped        # earlier editions knew none
         return {"dataset": self.texts.position, **known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,6 +167,7 @@ class Documents:
         everything = state_value(state, "everything", bool)
         sides = {bool(side) for side in state_value(state, "sides", list)}
         self.texts.load_position(state_value(state, "dataset", dict, type(None)))
+        self.texts.skipped = state_value({"skipped": 0, **state}, "skipped")
         self.everything = everything
         self.sides = sides
 
@@ -209,8 +239,9 @@ def open_source(config: SourceConfig, *, seed: int = 0,
 def documents(source: str | Path | list[str] = "stories", *, split: str = "train",
               subset: str | None = None, column: str = "text", sample_by: str = "line",
               seed: int = 0, held_out: bool | None = None) -> StoryDocuments | Documents:
-    """A stream of documents `{"text": ...}`: stories, local files, a folder, or a hub dataset.
+    """A stream of documents: stories, local files, a folder, or a hub dataset.
 
+    A document is `{"text": ...}`, or `{"messages": ...}` where `column` holds conversations.
     `split`, `subset`, `column` and `sample_by` are those of `SourceConfig`; `seed` is the seed of
     the stories. `held_out` chooses what training reads (False), what evaluation reads (True) or
     everything (None); stories are held out by their seed.

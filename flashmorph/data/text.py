@@ -10,6 +10,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 import torch
+from .chats import written
 from .files import SourceConfig
 from .sources import Documents, first_line, open_source
 from .stories import Stories, StoryDocuments, digest, state_value
@@ -142,7 +143,7 @@ def token_documents(tokenizer: Any, docs: Documents | StoryDocuments,
         docs.set_epoch(epoch)
         place = {"docs": docs.state_dict(), "epoch": epoch}
         for doc in docs:
-            if ids := encode(tokenizer, doc["text"]):
+            if ids := encode(tokenizer, written(tokenizer, doc)):
                 empty = 0
                 yield place, ids + end
             place = {"docs": docs.state_dict(), "epoch": epoch}
