@@ -15,7 +15,7 @@ from flashmorph.model.morph import MorphableModel, morph
 from flashmorph.model.recompute import shares_blocks
 from flashmorph.model.teacher import load_teacher
 from flashmorph.run.convert import convert
-from flashmorph.run.materials import run_ranking
+from flashmorph.run.ranking import run_ranking
 from flashmorph.selection import Ranking, Selection
 
 BUILT_IN = [name for name, one in SELECTORS.items() if one.function.__module__ != "__main__"]

@@ -5,17 +5,22 @@
 # %% ../../nbs/660_choose.search.ipynb #cb342051
 from __future__ import annotations
 import itertools, math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from .ablate import AnswerDivergence, by_divergence, facts_of
 from .race import race
-from .rank import OneBudget, check_fits, find_selector, rank, register_selector
+from flashmorph.choose.rank import (
+    OneBudget, Scoring, check_fits, find_selector, rank, register_selector,
+)
+from ..model.morph import MorphableModel
 from ..selection import Ranking, check_budget
 from ..settings import setting
 
 # %% auto #0
-__all__ = ['found', 'best', 'exhaustive', 'beam', 'swap', 'Exhaustive', 'Beam', 'Swap', 'GateSwap', 'by_exchange']
+__all__ = ['found', 'best', 'exhaustive', 'beam', 'swap', 'Exchange', 'exchange', 'Exhaustive', 'Beam', 'Swap', 'GateSwap',
+           'by_exchange']
 
 # %% ../../nbs/660_choose.search.ipynb #aebb1c20
 def found(
@@ -73,6 +78,24 @@ def swap(far: AnswerDivergence, start: Ranking, budget: int, reach: int = 3) -> 
         if far(one) >= far(kept): return found(kept, start.order, "swap", far)
         kept = tuple(one)
 
+# %% ../../nbs/660_choose.search.ipynb #a3791a53
+@dataclass(frozen=True, kw_only=True)
+class Exchange(Scoring):
+    "How far from the cut of an order layers may change sides (0: none), and the books that decide."
+    count: int | None = setting(64, low=1, high=10**9)
+    reach: int = setting(2, low=0, high=10**6)
+
+
+def exchange(
+    model: MorphableModel, books: Iterable[Mapping[str, Any]], start: Ranking, budget: int,
+    config: Exchange | Swap, log: str | Path | None = None,
+) -> Ranking:
+    "The order `start` with layers exchanged around its cut; `facts` has the divergences."
+    far = AnswerDivergence(model, books, config.count, batch_size=config.batch_size, log=log)
+    found = swap(far, start, budget, config.reach)
+    before, after = (far(order[:found.budget]) for order in (start.order, found.order))
+    return replace(found, facts={**facts_of(far), "before": before, "after": after})
+
 # %% ../../nbs/660_choose.search.ipynb #8c5b160d
 @dataclass(frozen=True, kw_only=True)
 class Exhaustive(OneBudget):
@@ -123,11 +146,9 @@ def by_exchange(model, books, config, log) -> Ranking:
     rows = iter(books)
     held = list(itertools.islice(rows, config.count))
     start = rank(model, itertools.chain(held, rows), config.by, log=log, **config.of_start())
-    far = AnswerDivergence(model, held, config.count, batch_size=config.batch_size, log=log)
-    ranking = swap(far, start, config.budget, config.reach)
-    facts = {**facts_of(far), "by": config.by}
-    facts["tokens"] += start.facts.get("tokens", 0)
-    return replace(ranking, facts=facts)
+    ranking = exchange(model, held, start, config.budget, config, log)
+    tokens = ranking.facts["tokens"] + start.facts.get("tokens", 0)
+    return replace(ranking, facts={**ranking.facts, "tokens": tokens, "by": config.by})
 
 
 register_selector("swap", Swap)(by_exchange)

@@ -113,7 +113,7 @@ def select(
         "--save", help="Also write selection.json into the run.")] = False,
 ) -> None:
     "The layers a budget would keep: from the run's ranking, or scored by another selector."
-    from flashmorph.run.materials import selected
+    from flashmorph.run.ranking import selected
     from flashmorph.run.recipe import changed
     with plain_errors():
         settings: dict[str, Any] = {}

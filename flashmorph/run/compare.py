@@ -19,7 +19,8 @@ from ..measure.evaluate import HELD_OUT, held_out_rows
 from ..model.morph import MorphableModel
 from .asking import CompareConfig, ask, check_budgets, hash_of
 from .confidence import confidence, knee, less, mean_of
-from .materials import Materials, branches_of, own_order
+from .materials import Materials
+from .ranking import branches_of, own_order
 from .models import told
 from .recipe import Recipe
 from .subsets import (

@@ -23,8 +23,9 @@ from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
 from .hub import card_hybrid
 from .materials import (
-    Materials, check_materials, digest_of, rank_layers, recipe_facts, sets_of, stage_facts)
+    Materials, check_materials, digest_of, recipe_facts, sets_of, stage_facts)
 from .paths import named_paths, with_absolute_paths
+from .ranking import check_cut, rank_layers
 from .recipe import Recipe, load_recipe, save_recipe
 from ..selection import Selection
 from ..show.report import write_report
@@ -158,10 +159,12 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     else: found = rank_layers(materials, model, work.run, work.facts["rank"])
     # what the selector chooses, unless somebody has chosen otherwise
     ours = found.select(materials.budget)
+    facts = work.facts.get("exchange")
+    if facts: ours = check_cut(materials, model, work.ledger, facts, found, work.say)
     selection = chosen(ours, work.ledger)
     if selection is not ours: work.say(
         f"keep the layers of selection.json: {list(selection.layers)}")
-    elif gated:
+    elif gated and not selection.pinned_full:
         for doubt in found.doubts(materials.budget): work.say(f"doubt: {doubt}")
     model.gates = 1.0
     return model, selection

@@ -4,34 +4,28 @@
 
 # %% ../../nbs/810_run.materials.ipynb #d6b70ffa
 from __future__ import annotations
-import json, re
+import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 from transformers import PreTrainedModel
-from ..choose.rank import Selector, check_fits, find_selector, plain_settings, rank
-from ..choose.trajectory import GateRun
 from ..choose.uniform import uniform
 from ..data.mixture import Mixture, fingerprint
 from ..data.passkeys import Passkeys, passkeys
 from ..data.files import SourceConfig
 from ..data.text import text, tokenizer_fingerprint
-from ..folder import BRANCHES_FILE, Run
 from ..ledger import Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
-from ..model.morph import MorphableModel, morph
 from ..model.parts import check_full
 from ..model.teacher import check_length, load_teacher
-from .recipe import SIZES, TABLES, Recipe, load_recipe, recipe_toml
-from ..selection import Ranking, Selection, budget_or_quarter
+from .recipe import SIZES, TABLES, Recipe, recipe_toml
+from ..selection import Selection, budget_or_quarter
 from ..train.resume import UNCOMPARED, as_earlier
 
 # %% auto #0
 __all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of', 'table_facts',
-           'recipe_facts', 'aligned_facts', 'gated_facts', 'repaired_facts', 'made_facts', 'ranking_stage',
-           'stage_facts', 'rank_layers', 'sets_of', 'branches_of', 'own_order', 'ranking_file', 'run_ranking',
-           'selected']
+           'recipe_facts', 'aligned_facts', 'gated_facts', 'exchange_facts', 'repaired_facts', 'made_facts',
+           'ranking_stage', 'stage_facts', 'sets_of']
 
 # %% ../../nbs/810_run.materials.ipynb #f1406d86
 class Materials:
@@ -142,6 +136,14 @@ def gated_facts(materials: Materials) -> Facts:
     if recipe.method == "flashmorph": return {**table_facts(recipe, "passkeys", "gates"), **books}
     return {"method": recipe.method, **table_facts(recipe, "passkeys", "rank"), **books}
 
+
+def exchange_facts(materials: Materials) -> Facts:
+    "The facts of an exchange around the cut of trained gates, none where there is none."
+    recipe, budget = materials.recipe, materials.budget
+    if recipe.method != "flashmorph" or not recipe.rank["reach"]: return {}
+    if budget in (0, materials.num_layers): return {}
+    return {**table_facts(recipe, "rank"), "budget": budget}
+
 # %% ../../nbs/810_run.materials.ipynb #2ea37c9a
 def repaired_facts(recipe: Recipe, name: str, facts: Facts) -> Iterator[tuple[str, Facts]]:
     "The facts of what is done to the hybrid `name`, stage by stage; `facts` are of its making."
@@ -177,38 +179,16 @@ def stage_facts(materials: Materials) -> dict[str, Facts]:
     aligned = aligned_facts(materials)
     gated = gated_facts(materials)
     stages = {"align": aligned, ranking_stage(recipe): {**aligned, **gated}}
+    moved = exchange_facts(materials)
+    if moved: stages["exchange"] = {**aligned, **gated, **moved}
 
     # scores of the teacher, then of the hybrids
     known = {name: aligned[name] for name in ("the teacher's weights", "the tokenizer")}
     stages["evaluate-teacher-zero_shot"] = {**known, **table_facts(recipe, "evaluate")}
     for name in ("flashmorph", *recipe.compare):
-        made = made_facts(materials, name, aligned, gated)
+        made = made_facts(materials, name, aligned, {**gated, **moved})
         stages.update(repaired_facts(recipe, name, made))
     return json.loads(json.dumps(stages))
-
-# %% ../../nbs/810_run.materials.ipynb #c77b95d8
-def rank_layers(
-    materials: Materials, model: MorphableModel, run: Run, facts: Facts
-) -> Ranking:
-    "The ranking that a recipe asks for: from the run's `ranking.json`, or measured and kept there."
-    recipe = materials.recipe
-    path, known = run.path("ranking.json"), digest_of(facts)
-    if path.exists():
-        there = Ranking.load(path)
-        if there.facts.get("recipe") == known:
-            check_fits(there, model)
-            return there
-
-    # the seed is the recipe's, where the selector draws
-    settings = dict(vars(recipe.rank))
-    if "seed" in settings: settings["seed"] = recipe.seed
-    log = run.path("rankings", "log.jsonl")
-    log.parent.mkdir(exist_ok=True)
-    books = materials.books(recipe.seed)
-    ranking = rank(model, books, recipe.method, log=log, **settings)
-    ranking = replace(ranking, facts={**ranking.facts, "recipe": known})
-    ranking.save(path)
-    return ranking
 
 # %% ../../nbs/810_run.materials.ipynb #dd181d7a
 def sets_of(materials: Materials, selection: Selection) -> dict[str, list[int]]:
@@ -216,66 +196,3 @@ def sets_of(materials: Materials, selection: Selection) -> dict[str, list[int]]:
     spaced = list(uniform(materials.num_layers, materials.budget).layers)
     sets = {"flashmorph": list(selection.layers), "all_linear": [], "uniform": spaced}
     return {name: sets[name] for name in ("flashmorph", *materials.recipe.compare)}
-
-# %% ../../nbs/810_run.materials.ipynb #359705b0
-def branches_of(run: Run) -> tuple[Materials, MorphableModel]:
-    "The materials of a run and its model after stage 1; `ValueError` if it kept no branches."
-    materials = Materials(load_recipe(run.path("recipe.toml")))
-    file = run.path(BRANCHES_FILE)
-    if not file.is_file():
-        raise ValueError(f"{run.folder} has no {BRANCHES_FILE}: stage 1 is not finished (convert "
-                         "--resume), or an earlier version made the run and kept no branches")
-    model = morph(materials.teacher, mixer=materials.recipe.mixer)
-    model.load_branches(file)
-    return materials, model
-
-
-def own_order(run: Run) -> GateRun | Ranking | None:
-    "What a run's own selector gave, if there is anything yet."
-    if run.path("ranking.json").exists(): return Ranking.load(run.path("ranking.json"))
-    return GateRun.load(run) if run.path("gates.json").exists() else None
-
-
-def ranking_file(run: Run, selector: Selector, settings: Facts) -> Path:
-    "Where the ranking of a run by a selector is kept."
-    name = re.sub(r"\W+", "-", selector.name)
-    if selector.one_budget: name += f"-{settings['budget']}"
-    return run.path("rankings", f"{name}.json")
-
-# %% ../../nbs/810_run.materials.ipynb #be42acef
-def run_ranking(
-    folder: str | Path, method: str | None, budget: int, **settings: Any
-) -> GateRun | Ranking:
-    """The order of a run's layers: the run's own (`None`), or that of a selector.
-
-    A ranking with the same settings is read from the run, else the selector scores the branches.
-    Raises `ValueError` for a run without branches, and as `rank` does."""
-    run = Run(folder)
-    own = own_order(run) if method is None else None
-    if own is not None: return own
-    if method in (None, "flashmorph"): return GateRun.load(run.folder)
-    selector = find_selector(str(method))
-    if selector.one_budget: settings = {"budget": budget, **settings}
-    if selector.settings is not None: settings = dict(vars(selector.settings.make(settings)))
-
-    # kept with the same settings, or measured now
-    file = ranking_file(run, selector, settings)
-    if file.exists():
-        kept = Ranking.load(file)
-        if kept.facts.get("settings") == plain_settings(settings): return kept
-    materials, model = branches_of(run)
-    with run.lock():
-        file.parent.mkdir(exist_ok=True)
-        log = run.path("rankings", "log.jsonl")
-        books = materials.books(materials.recipe.seed)
-        ranking = rank(model, books, selector.name, log=log, **settings)
-        ranking.save(file)
-    return ranking
-
-# %% ../../nbs/810_run.materials.ipynb #bcbea4bd
-def selected(run: Path, method: str | None, budget: int, settings: dict[str, Any]) -> Selection:
-    "The layers that `method`, or the run's own, would keep. Raises `ValueError` as `rank` does."
-    # a pattern needs no model
-    if method == "uniform" and (run / "gates.json").exists():
-        return uniform(GateRun.load(run).num_layers, budget)
-    return run_ranking(run, method, budget, **settings).select(budget)

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 import tomli_w
 from ..choose.gates import GatesConfig
 from ..choose.rank import Scoring, find_selector
+from ..choose.search import Exchange
 from ..data.passkeys import PasskeysConfig
 from ..data.files import SourceConfig
 from ..data.text import TextConfig
@@ -26,10 +27,9 @@ from ..train.distill import DistillConfig, FinetuneConfig
 from ..train.objective import FitConfig, with_steps
 
 # %% auto #0
-__all__ = ['STAGES', 'TABLES', 'COMPARE', 'SIZES', 'ROWS', 'WHERE', 'inherited', 'NoRank', 'table_kind', 'ranking_table',
-           'check_compare', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape',
-           'recipe_from_dict', 'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml',
-           'save_recipe']
+__all__ = ['STAGES', 'TABLES', 'COMPARE', 'SIZES', 'ROWS', 'WHERE', 'inherited', 'table_kind', 'ranking_table', 'check_compare',
+           'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape', 'recipe_from_dict', 'parsed',
+           'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe']
 
 # %% ../../nbs/800_run.recipe.ipynb #598d9114
 STAGES: dict[str, type[FitConfig]] = {
@@ -64,20 +64,10 @@ def inherited(table: Any, source: Settings, sizes: Settings | None = None) -> An
     return {**more, **table}
 
 # %% ../../nbs/800_run.recipe.ipynb #820d14f3
-@dataclass(frozen=True, kw_only=True)
-class NoRank(Settings):
-    "The table `rank` of a recipe whose gates choose: the settings are in `gates`."
-    table: ClassVar[str] = "rank"
-
-    @classmethod
-    def unknown(cls, key: object) -> str:
-        return f"rank.{key}: method 'flashmorph' has its settings in the table gates"
-
-
 def table_kind(name: str, method: str) -> type[Settings]:
     "The settings of a table: `rank` has those of the selector. Raises `ValueError` as a recipe."
     if name != "rank": return TABLES[name]
-    if method == "flashmorph": return NoRank
+    if method == "flashmorph": return Exchange
     selector = find_selector(method)
     if method.startswith("flashmorph-") and selector.settings is None:
         loss = method.removeprefix("flashmorph-")
@@ -91,8 +81,10 @@ def table_kind(name: str, method: str) -> type[Settings]:
 
 def ranking_table(table: Any, method: str, budget: int | None) -> Any:
     "The table `rank` with the recipe's budget, for a selector that searches for one."
-    if isinstance(table, NoRank): table = {}
-    if method == "flashmorph" or not find_selector(method).one_budget: return table
+    if method == "flashmorph": return table
+    # that of gates says nothing of other selectors
+    if isinstance(table, Exchange): table = {}
+    if not find_selector(method).one_budget: return table
     if budget is None:
         raise ValueError(f"budget: {method!r} searches for one budget, so expected a number of "
                          "layers, got nothing")
@@ -127,7 +119,8 @@ def check_recipe(recipe: Recipe) -> None:
 class Recipe(Settings):
     """A whole conversion: `budget` layers keep full attention (default: a quarter of them).
 
-    `method` names the selector that chooses them (see `SELECTORS`), with its settings in `rank`.
+    `method` names the selector that chooses them (see `SELECTORS`), with its settings in `rank`;
+    those of trained gates are in `gates`, and `rank` has the `Exchange` around their cut.
     `full_rope` and `logit_scale` are options of `commit`; `compare` names further hybrids to build,
     train and evaluate in the same way. `text.passkeys` is the share of passkey books among the
     rows of stages 1 and 3. A stage with `steps = 0` is left out. Tables may be given as mappings,
