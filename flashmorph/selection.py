@@ -134,7 +134,7 @@ class Selection:
 
     `method` chose them from `scores` (a larger score: keep; `None` for methods without scores);
     `digest` names the gate run that the scores came from. `pinned_full` and `pinned_linear` were
-    decided by hand, or by exchange around a cut. Raises `ValueError` if fields do not go together."""
+    decided by hand, or by exchange around a cut. Raises `ValueError` if fields do not agree."""
     layers: tuple[int, ...]
     num_layers: int
     method: str
