@@ -158,9 +158,7 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     if gated: found = work.train("gates", train_gates, model, materials.books(work.recipe.seed))
     else: found = rank_layers(materials, model, work.run, work.facts["rank"])
     # what the selector chooses, unless somebody has chosen otherwise
-    ours = found.select(materials.budget)
-    facts = work.facts.get("exchange")
-    if facts: ours = check_cut(materials, model, work.ledger, facts, found, work.say)
+    ours = check_cut(materials, model, work.ledger, work.facts, found, work.say)
     selection = chosen(ours, work.ledger)
     if selection is not ours: work.say(
         f"keep the layers of selection.json: {list(selection.layers)}")

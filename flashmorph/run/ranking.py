@@ -82,14 +82,18 @@ def said_of(selection: Selection, facts: Mapping[str, Any]) -> str:
 
 
 def check_cut(
-    materials: Materials, model: MorphableModel, ledger: Ledger, facts: Facts, gates: GateRun,
-    say: Callable[[str], None],
+    materials: Materials, model: MorphableModel, ledger: Ledger, stages: Mapping[str, Facts],
+    gates: GateRun | Ranking, say: Callable[[str], None],
 ) -> Selection:
-    "What gates choose after an exchange around their cut, which is kept in `rankings/`."
+    """What an order chooses; of gates after an exchange around their cut, kept in `rankings/`.
+
+    `stages`: the facts of all, with those of the exchange where a recipe asks for one."""
     settings, budget = materials.recipe.rank, materials.budget
-    assert isinstance(settings, Exchange)
     # the choice of an earlier edition stays
-    if "selection" in ledger.stages and "exchange" not in ledger.stages: return gates.select(budget)
+    settled = "selection" in ledger.stages and "exchange" not in ledger.stages
+    if settled or "exchange" not in stages: return gates.select(budget)
+    assert isinstance(settings, Exchange) and isinstance(gates, GateRun)
+    facts = stages["exchange"]
     ledger.begin("exchange", facts)
     say("exchange layers around the cut of the gates")
     log = rankings_log(ledger.run)
