@@ -48,6 +48,10 @@ SHORTER = [
     (re.compile(r'title="Link to this \w+"'), "title=Link"),
     (re.compile(r"</a></li>"), "</a>"),
 ]
+ANCHOR = re.compile(r"<a [^<>]*>")
+QUOTED = re.compile(r' ([\w-]+)="([\w./#:-]*\w)"(?=[ >])')
+TREE = re.compile(r'<div class="(?:sidebar|toc)-tree">.*?</div>', re.S)
+TREE_RULE = re.compile(r"\.(?:sidebar|toc)-tree[^{},]*")
 CLASSES = re.compile(r' class="([^"]*)"')
 NAMED = re.compile(r"""[."' ]([A-Za-z_][\w-]*)""")        # a class in a style sheet or a script
 SCRIPTS = re.compile(r"<(?:script|style)\b.*?</(?:script|style)>", re.S)
@@ -242,6 +246,7 @@ def light(page: str, known: set[str]) -> str:
     """The page without what nobody sees: unused classes, spans without a colour, quotes,
     indentation. The icons are in site.js, once for all pages."""
     page = dressed(ICONS.sub("", page), known)
+    page = TREE.sub(lambda tree: tree[0].replace(' class="reference"', ""), page)
     page = SIGNATURE.sub(lambda found: bare(found[0]), page)
     pieces = VERBATIM.split(page)
     pieces[::2] = [re.sub(r"\s*\n\s*", "\n", INLINE.sub(r"\1", piece)) for piece in pieces[::2]]
@@ -252,17 +257,25 @@ def short(piece: str) -> str:
     "A piece of a page without quotes and end tags that HTML can do without, and titles of links."
     if piece.startswith(("<script", "<textarea")): return piece
     for what, less in SHORTER: piece = what.sub(less, piece)
-    return piece
+    return ANCHOR.sub(lambda tag: QUOTED.sub(r" \1=\2", tag[0]), piece)
 
 
 def lighten() -> None:
     "Make the pages light, and drop what only helps to debug the theme."
     for file in SITE.rglob("*.map"): file.unlink()
+    shorten_trees(SITE / "_static/styles/furo.css")
     rules = [file for kind in ("css", "js") for file in SITE.rglob(f"*.{kind}")]
     known = {name for file in rules for name in NAMED.findall(file.read_text(encoding="utf-8"))}
     add_icons((SITE / "index.html").read_text(encoding="utf-8"))
     for file in SITE.rglob("*.html"):
         file.write_text(light(file.read_text(encoding="utf-8"), known), encoding="utf-8")
+
+
+def shorten_trees(sheet: Path) -> None:
+    "Let the theme find the links of sidebar and contents without a class on each of them."
+    def shorter(rule: re.Match) -> str:
+        return rule[0].replace(".reference", ":any-link").replace(".toctree-l1", "li")
+    sheet.write_text(TREE_RULE.sub(shorter, sheet.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def add_icons(page: str) -> None:

@@ -24,6 +24,7 @@ extensions = ["myst_nb"]
 exclude_patterns = [".doctrees"]
 nb_execution_mode = "off"                   # notebooks come with their outputs
 nb_merge_streams = True
+nb_render_markdown_format = "myst"          # outputs have tables and formulas, as the text has
 nb_ipywidgets_js = {}                       # no scripts from elsewhere: widgets show static twins
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "dollarmath", "fieldlist"]
 myst_heading_anchors = 4

@@ -4,6 +4,7 @@ All pages can be reached, no link is broken, and nothing is asked of other machi
 import functools
 import html
 import http.server
+import json
 import re
 import shutil
 import subprocess
@@ -233,7 +234,7 @@ def test_the_api_page_has_every_name_by_shelf(site):
     text = (site / "api.html").read_text(encoding="utf-8")
     for name in flashmorph.__all__:
         full = f"{getattr(flashmorph, name).__module__}.{name}"
-        assert re.search(rf'href="[^"]*#{re.escape(full)}"[^>]*><code[^>]*>.*?fm\.{name}<', text)
+        assert re.search(rf'href="?[^" ]*#{re.escape(full)}\b[^>]*><code[^>]*>.*?fm\.{name}<', text)
     headings = [re.sub(r"<[^>]*>", "", found) for found in re.findall(r"<h2>(.*?)<a", text)]
     assert headings == [name for name in SHELVES if name in chapters()]
     modules = re.findall(r"<h3>flashmorph\.([\w.]+)<a", text)
@@ -270,6 +271,15 @@ def test_exported_cells_of_up_to_25_lines_are_not_folded(site, nb):
     cells = [source for source in nb.exported if not is_imports(source)]
     folded = [source for source in cells if len(lines_of(source)) > 25]
     assert text.count('<details class="admonition hide above-input">') == len(folded)
+
+
+@pytest.mark.parametrize("name", ["930_serve.native", "980_serve.engine", "tutorials/09_serve_it"])
+def test_tables_that_code_writes_are_tables(site, name):
+    cells = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    written = [output for output in outputs if "text/markdown" in output.get("data", {})]
+    page = page_of(site, f"nbs/{name}.ipynb").read_text(encoding="utf-8")
+    assert len(written) > 0 and page.count("<table") >= len(written)
 
 
 def test_no_code_is_cut_at_1300_pixels(site, looks):
