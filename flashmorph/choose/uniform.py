@@ -12,7 +12,8 @@ from flashmorph.choose.rank import (
 from ..selection import Ranking, Selection, check_budget, whole
 
 # %% auto #0
-__all__ = ['uniform', 'periodic', 'as_ranking_of', 'Periodic', 'by_uniform', 'by_uniform_start', 'by_period', 'by_chance']
+__all__ = ['uniform', 'stretches', 'intervals', 'periodic', 'as_ranking_of', 'Periodic', 'by_uniform', 'by_uniform_start',
+           'by_period', 'by_chance']
 
 # %% ../../nbs/640_choose.uniform.ipynb #461f7589
 def uniform(num_layers: int, budget: int, align: str = "end") -> Selection:
@@ -29,21 +30,35 @@ def uniform(num_layers: int, budget: int, align: str = "end") -> Selection:
     return Selection(tuple(layers), count, "uniform")
 
 # %% ../../nbs/640_choose.uniform.ipynb #416dea20
-def periodic(ranking: Ranking, budget: int) -> Selection:
+def stretches(count: int, k: int) -> list[tuple[int, ...]]:
+    "Evenly spaced sets of `k` of `count` layers, one for each offset."
+    def at(offset: int) -> tuple[int, ...]: return tuple(i * count // k + offset for i in range(k))
+    return [at(offset) for offset in range(count // max(k, 1))]
+
+
+def intervals(count: int, k: int) -> list[tuple[int, ...]]:
+    "Sets of `k` of `count` layers that are the last of every n; `ValueError` if there is none."
+    sets = [tuple(range(n - 1, count, n)) for n in range(1, count + 2)]
+    found = [layers for layers in sets if len(layers) == k]
+    if found: return found
+    sizes = sorted({len(layers) for layers in sets})
+    raise ValueError(f"periodic: no interval keeps {k} of {count} layers. Intervals keep "
+                     f"{', '.join(map(str, sizes))}")
+
+
+def periodic(ranking: Ranking, budget: int, *, interval: bool = False) -> Selection:
     """`budget` evenly spaced layers at the offset whose scores have the largest sum.
 
-    Of equal offsets the lower one. Raises `ValueError` for a ranking without scores."""
+    With `interval`, every n-th layer from layer n - 1 on, as engines count. Of equal sets the
+    first. Raises `ValueError` for a ranking without scores, and if no interval has the budget."""
     count = ranking.num_layers
     k = check_budget(budget, count)
     if ranking.scores is None:
         raise ValueError(f"periodic: the ranking by {ranking.method} has no scores to choose the "
                          "offset by")
     scores = ranking.scores
-    starts = [i * count // k for i in range(k)]
-
-    def total(offset: int) -> float: return sum(scores[start + offset] for start in starts)
-    best = max(range(count // max(k, 1)), key=total)
-    layers = tuple(start + best for start in starts)
+    sets = intervals(count, k) if interval else stretches(count, k)
+    layers = max(sets, key=lambda layers: sum(scores[i] for i in layers))
     return Selection(layers, count, "periodic", scores, ranking.digest)
 
 # %% ../../nbs/640_choose.uniform.ipynb #ba12a06c
@@ -55,8 +70,11 @@ def as_ranking_of(selection: Selection, method: str) -> Ranking:
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic(OneBudget):
-    "Settings of a periodic pattern: `by` names the selector whose scores choose the offset."
+    """Settings of a periodic pattern: `by` names the selector whose scores choose the offset.
+
+    `interval`: only patterns that engines compute from an interval."""
     by: str = "add-one"
+    interval: bool = False
 
     def check(self) -> None:
         super().check()
@@ -80,12 +98,14 @@ def by_uniform_start(model, books, config, log) -> Ranking:
 @register_selector("periodic", Periodic)
 def by_period(model, books, config, log) -> Ranking:
     "Evenly spaced, at the offset that another selector's scores prefer."
+    # refused before anything is measured
+    if config.interval: intervals(model.num_layers, config.budget)
     ranking = rank(model, books, config.by, log=log, count=config.count,
                    batch_size=config.batch_size, seed=config.seed)
-    chosen = periodic(ranking, config.budget)
+    chosen = periodic(ranking, config.budget, interval=config.interval)
     found = as_ranking_of(chosen, "periodic")
     return Ranking(found.method, found.order, ranking.scores, ranking.digest, found.budget,
-                   {**ranking.facts, "by": config.by})
+                   {**ranking.facts, "by": config.by, "interval": config.interval})
 
 
 @register_selector("random", Scoring)

@@ -173,7 +173,8 @@ def check_engine(config: Any, form: NativeForm, name: str) -> None:
     if form.name not in engine.interval or full == near: return
     raise ValueError(f"{engine.title} computes the layers of {form.name} from an interval and "
                      f"cannot keep {full} full. The nearest set it can keep is {near}: commit "
-                     "those layers, or use another engine")
+                     "those layers, or use another engine. The selector periodic with "
+                     "interval=true finds the best such set")
 
 # %% ../../nbs/950_serve.forms.ipynb #e55d7560
 def verdict(config: Any, form: NativeForm) -> str:
