@@ -413,14 +413,17 @@ def ask(port: int, path: str, body: dict | None = None) -> bytes:
     with urllib.request.urlopen(asked, timeout=120) as answer: return answer.read()
 
 
+SERVER = ("--dtype float32 --max-model-len 512 --max-num-seqs 8 --max-num-batched-tokens 64 "
+          "--enforce-eager").split()
+
+
 @contextmanager
-def server(folder: Path, log: Path):
+def server(folder: Path, log: Path, options=SERVER, **environment):
     "`vllm serve`, with several processes as users have it; afterwards none of them is left."
     port = free_port()
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port",
-               str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512",
-               "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--enforce-eager"]
+               str(port), "--host", "127.0.0.1", *options]
     with log.open("w") as out:
         started = subprocess.Popen(command, stdout=out, stderr=out, env=environment,
                                    start_new_session=True)
@@ -450,7 +453,8 @@ def server(folder: Path, log: Path):
 def streamed(answer: bytes) -> list[int]:
     "The tokens of a stream of events."
     lines = [line[6:] for line in answer.decode().splitlines() if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]" and len(lines) > 10
+    # in parts; where cores are busy, the server puts several tokens into one
+    assert lines[-1] == "[DONE]" and len(lines) > 2
     parts = [json.loads(line)["choices"][0]["token_ids"] for line in lines[:-1]]
     return [token for part in parts for token in part]
 
