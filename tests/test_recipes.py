@@ -20,10 +20,11 @@ NAMES = list(shipped_recipes())
 PAPER = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "qwen3-30b-a3b", "qwen3-1.7b-hypenet"]
 # steps short enough for a test; the rest is the recipe's
 FEW = [
-    "text.source=stories", "text.length=64", "text.passkeys=0", "passkeys.length=192",
-    "passkeys.keys=2", "passkeys.words_per_key=2", "align.tokens=256", "align.batch_size=2",
-    "align.accumulate=1", "gates.tokens=768", "gates.batch_size=2", "gates.accumulate=1",
-    "distill.tokens=256", "distill.batch_size=2", "distill.accumulate=1", "finetune.tokens=384",
+    "text.source=stories", "text.length=64", "text.passkeys=0", "text.shards=2", "text.workers=1",
+    "passkeys.length=192", "passkeys.min_length=160", "passkeys.keys=2",
+    "passkeys.words_per_key=2", "align.tokens=256", "align.batch_size=2", "align.accumulate=1",
+    "gates.tokens=704", "gates.batch_size=2", "gates.accumulate=1", "distill.tokens=256",
+    "distill.batch_size=2", "distill.accumulate=1", "finetune.tokens=384",
     "finetune.batch_size=1", "finetune.accumulate=1", "evaluate.books=2",
 ]
 
@@ -54,7 +55,8 @@ def test_the_paper_s_settings(name):
     recipe = load_recipe(name)
     wanted = {"align": 320e6, "gates": 20e6, "distill": 1e9, "finetune": 1e9}
     for stage, tokens in stage_tokens(recipe).items():
-        row = recipe[stage].batch_size * recipe[stage].accumulate * recipe[ROWS[stage]].length
+        length = (1024 + 16384) / 2 if stage == "gates" else recipe[ROWS[stage]].length
+        row = recipe[stage].batch_size * recipe[stage].accumulate * length
         assert 0 <= tokens - wanted[stage] < row
     rates = {stage: (recipe[stage].lr, recipe[stage].lr_end) for stage in ROWS}
     assert rates == {"align": (1e-3, 1e-5), "gates": (2e-2, 2e-3), "distill": (1e-4, 1e-5),
@@ -64,6 +66,7 @@ def test_the_paper_s_settings(name):
     assert (recipe.gates.align, recipe.gates.lam, recipe.gates.start) == ("raw", 0.1, 1.0)
     books = recipe.passkeys
     assert (books.keys, books.words_per_key, books.depths, books.length) == (10, 32, 1000, 16384)
+    assert books.min_length == 1024
     assert recipe.mixer == "lightning(expand_kv=True)" and recipe.text.length == 512
     hypenet = name.endswith("hypenet")
     assert (recipe.full_rope, recipe.logit_scale) == ((False, 500) if hypenet else (True, None))
@@ -81,7 +84,7 @@ def test_the_table_has_a_row_for_each():
     shown = flashmorph("recipes").output
     for name in NAMES: assert re.search(rf"^ *{re.escape(name)} ", shown, re.MULTILINE), name
     row = next(line for line in shown.splitlines() if line.strip().startswith("qwen3-8b "))
-    assert row.split()[1:6] == ["Qwen3-8B", "320M", "20.1M", "1B", "1B"]
+    assert row.split()[1:6] == ["Qwen3-8B", "320M", "20M", "1B", "1B"]
 
 
 def test_unknown_names_are_one_line():

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from .mixture import with_masks
 
 # %% auto #0
-__all__ = ['ROW', 'INPUTS', 'as_tensors', 'stack_key', 'stack', 'real_tokens', 'model_inputs', 'first_rows', 'check_ids',
-           'check_tokens', 'rows_of', 'restart', 'Batches']
+__all__ = ['ROW', 'INPUTS', 'as_tensors', 'stack_key', 'padded', 'stack', 'real_tokens', 'model_inputs', 'first_rows',
+           'check_ids', 'check_tokens', 'rows_of', 'restart', 'Batches']
 
 # %% ../../nbs/260_data.batches.ipynb #ef00fe4b
 ROW = "a row is a dict of tensors, for example {'input_ids': (T,), 'attention_mask': (T,)}"
@@ -38,11 +38,27 @@ def stack_key(key: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
     return torch.stack([row[key] for row in rows])
 
 # %% ../../nbs/260_data.batches.ipynb #0ffa44e4
-def stack(rows: Iterable[Any]) -> dict[str, Tensor]:
+def padded(rows: list[Mapping[str, Tensor]], pad: int) -> list[Mapping[str, Tensor]]:
+    "Rows of one length: shorter ones filled with `pad`, which an `attention_mask` leaves out."
+    longest = max(len(row["input_ids"]) for row in rows)
+    if all(len(row["input_ids"]) == longest for row in rows): return rows
+    filled = list[Mapping[str, Tensor]]()
+    for row in rows:
+        row = {"attention_mask": torch.ones_like(row["input_ids"]), **row}
+        room = longest - len(row["input_ids"])
+        fill = {key: pad if key == "input_ids" else 0 for key in row}
+        filled.append({key: nn.functional.pad(x, (0, room), value=fill[key])
+                       for key, x in row.items()})
+    return filled
+
+
+def stack(rows: Iterable[Any], pad: int | None = None) -> dict[str, Tensor]:
     """One batch: each key's tensors of all rows, stacked. Raises `ValueError` if rows differ.
 
-    A missing `attention_mask` is filled in beside rows that have one, as `with_masks`."""
+    A missing `attention_mask` is filled in beside rows that have one, as `with_masks`. Rows of
+    different lengths are `padded` if there is a `pad`."""
     tensors = with_masks([as_tensors(row) for row in rows])
+    if pad is not None: tensors = padded(tensors, pad)
     first = tensors[0]
     for row in tensors:
         if row.keys() != first.keys():
@@ -128,9 +144,14 @@ def restart(data: Any) -> None:
 
 # %% ../../nbs/260_data.batches.ipynb #14ca1139
 class Batches:
-    "Stack rows of a stream into batches; `state_dict` is the position after the last batch."
+    """Stack rows of a stream into batches; `state_dict` is the position after the last batch.
+
+    A stream of several shards makes the rows of this rank only, and its position is asked for on
+    all ranks at once. Of other data each rank reads all rows and keeps its own."""
     def __init__(self, data: Iterable[Any], batch_size: int, rank: int = 0, world: int = 1):
         self.data: Any = data
+        self.apart = world > 1 and getattr(data, "shards", 1) > 1
+        if self.apart: self.data = data.of_rank(rank, world)  # type: ignore[attr-defined]
         self.batch_size = batch_size
         self.rank, self.world = rank, world
         self.taken = 0
@@ -153,8 +174,10 @@ class Batches:
                          "give a list, or an object that can be iterated again")
 
     def next(self) -> dict[str, Tensor]:
-        rows = [self.next_row() for _ in range(self.batch_size * self.world)]
-        return stack(rows[self.rank :: self.world])
+        pad = getattr(self.data, "pad", None)
+        count = self.batch_size if self.apart else self.batch_size * self.world
+        rows = [self.next_row() for _ in range(count)]
+        return stack(rows if self.apart else rows[self.rank :: self.world], pad)
 
     def state_dict(self) -> dict[str, Any]:
         position = self.data.state_dict() if hasattr(self.data, "state_dict") else None

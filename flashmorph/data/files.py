@@ -14,7 +14,7 @@ from ..store import nearest
 
 # %% auto #0
 __all__ = ['LOADERS', 'FILE_KINDS', 'COMPRESSED', 'EXPECTED', 'HASHED', 'checked_name', 'plain_source', 'SourceConfig',
-           'file_kind', 'files_of_folder', 'check_file', 'looks_local', 'local_files', 'content_hash']
+           'RowsConfig', 'file_kind', 'files_of_folder', 'check_file', 'looks_local', 'local_files', 'content_hash']
 
 # %% ../../nbs/210_data.files.ipynb #3c9df90b
 # names that `datasets` takes for a way to read all files of the working folder
@@ -72,6 +72,16 @@ class SourceConfig(Settings):
             value = getattr(self, key)
             if value != type(self).__dataclass_fields__[key].default:
                 raise ValueError(f"{self.full_name(key)} = {value!r} has no meaning here: {why}")
+
+# %% ../../nbs/210_data.files.ipynb #469e4c71
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig(SourceConfig):
+    """How rows are made: documents are dealt to `shards` streams, whose rows come in turn.
+
+    Each process of a training reads its own shards, so `shards` is a multiple of their number.
+    `workers` processes beside each make its rows ahead of the step; they change no row."""
+    shards: int = setting(1, low=1, high=4096)
+    workers: int = setting(0, low=0, high=256)
 
 # %% ../../nbs/210_data.files.ipynb #bf505c83
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

@@ -8,7 +8,7 @@ import itertools, math, operator, random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 import torch
-from .stories import digest, state_value
+from .stories import WHOLE, Part, digest, state_value
 
 # %% auto #0
 __all__ = ['FILLED', 'check_weights', 'fingerprint', 'draw_stream', 'Mixture', 'whole_number', 'with_masks', 'check_alike',
@@ -41,24 +41,26 @@ class Mixture:
 
     A row comes from stream `i` with probability `weights[i]`; `answers` is all 0 in rows of streams
     without answers. Deterministic for a `seed`, and resumable like its streams.
+    Of a `part` come every n-th row, and the streams are parts themselves.
     Raises `ValueError` if streams and weights do not match, or if rows differ in length."""
-    def __init__(self, streams: Sequence[Any], weights: Sequence[float], seed: int = 0):
+    def __init__(self, streams: Sequence[Any], weights: Sequence[float], seed: int = 0,
+                 part: Part = WHOLE):
         for stream in streams:
             if not isinstance(stream, Iterable):
                 raise TypeError(f"streams: expected a stream of rows, got {stream!r}")
         self.streams = list(streams)
         self.weights = check_weights(weights, len(self.streams))
-        self.seed = seed
+        self.seed, self.part = seed, part
         self.index = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         rows = [iter(stream) for stream in self.streams]
+        number, parts = self.part
         shape = None
         while True:
             # which stream is next
-            drawn = draw_stream(self.weights, self.seed, self.index)
+            drawn = draw_stream(self.weights, self.seed, number + parts * self.index)
             self.index += 1
-            # its next row
             row = next(rows[drawn], None)
             if row is None: return
             ids = row["input_ids"]

@@ -6,89 +6,21 @@
 from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from string import Formatter
-from typing import Any, ClassVar
+from typing import Any
 import torch
-from .files import SourceConfig
-from .mixture import whole_number
+from .ahead import Ahead
+from .books import NATO, BookTemplate, PasskeysConfig, book_length, ordinal
+from .files import RowsConfig
 from .sources import Documents, open_source
-from .stories import StoryDocuments, digest, state_value
-from .text import MOST, SentenceEnds, TokenBlocks, check_tokenizer, encode
-from ..settings import setting
+from .stories import WHOLE, Part, StoryDocuments, digest, state_value
+from .text import SentenceEnds, TokenBlocks, check_tokenizer, encode, padding
 
 # %% auto #0
-__all__ = ['NATO', 'PLACEHOLDERS', 'ANCHORS', 'BOOK', 'ordinal', 'placeholders', 'BookTemplate', 'PasskeysConfig', 'encode_piece',
-           'BookPieces', 'questions', 'longest_word', 'shortest_book', 'nearest_end', 'hide', 'draw_keys', 'check_room',
-           'BookWriter', 'Passkeys', 'passkeys']
-
-# %% ../../nbs/250_data.passkeys.ipynb #a77bc7ed
-NATO = """alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november
-    oscar papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu""".split()
-_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-
-
-def ordinal(n: int) -> str:
-    "`1` -> first ... `10` -> tenth, `11` -> 11th, `21` -> 21st. Raises `ValueError` below 1."
-    n = whole_number("ordinal", n)
-    if n <= len(_ORDINALS): return _ORDINALS[n - 1]
-    if n % 100 in (11, 12, 13): return f"{n}th"
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{ending}"
-
-# %% ../../nbs/250_data.passkeys.ipynb #5e813ecb
-def placeholders(text: Any) -> list[str] | None:
-    "The names in braces in `text`, sorted; `None` for what is no text or has a single brace."
-    try: parts = list(Formatter().parse(text))
-    except (TypeError, ValueError): return None
-    return sorted({name for _, name, _, _ in parts if name is not None})
-
-# %% ../../nbs/250_data.passkeys.ipynb #20acc1f0
-PLACEHOLDERS = {"needle": ["ordinal", "words"], "question": ["ordinal"], "answer": ["words"]}
-
-
-@dataclass(frozen=True)
-class BookTemplate:
-    """The fixed sentences of a passkey book; `{ordinal}` and `{words}` are filled in.
-
-    Pieces start with a space, as words in running text do. Raises `ValueError` for a piece that is
-    no text or has other fields than it needs."""
-    opening: str = " This is a long book of stories."
-    needle: str = " Remember, the {ordinal} passkey to the vault is: {words}."
-    closing: str = " This is the end of the book."
-    question: str = " What is the {ordinal} passkey to the vault? Passkey:"
-    answer: str = " {words}"
-    stop: str = "."
-
-    def __post_init__(self):
-        for piece in fields(self):
-            text = getattr(self, piece.name)
-            needed = PLACEHOLDERS.get(piece.name, [])
-            if placeholders(text) == needed: continue
-            wanted = " and ".join(f"{{{name}}}" for name in needed) or "no braces"
-            raise ValueError(f"template.{piece.name}: expected text with {wanted}, got {text!r}")
-
-# %% ../../nbs/250_data.passkeys.ipynb #97a10e45
-@dataclass(frozen=True, kw_only=True)
-class PasskeysConfig(SourceConfig):
-    """Settings of `passkeys`: `keys` passkeys of `words_per_key` words in books of `length` tokens.
-
-    Passkeys lie at random ones of `depths` depths. Their words are drawn from `words` (None: the
-    NATO alphabet). Books ask for them in their order, or shuffled if `shuffle`."""
-    table: ClassVar[str] = "passkeys"
-    length: int = setting(1024, low=2, high=MOST)
-    keys: int = setting(10, low=1, high=1000)
-    words_per_key: int = setting(32, low=1, high=1000)
-    depths: int = setting(1000, low=1, high=MOST)
-    words: tuple[str, ...] | None = None
-    shuffle: bool = False
-
-    def check(self) -> None:
-        super().check()
-        if self.words is None or (self.words and all(word.strip() for word in self.words)): return
-        raise ValueError(f"{self.full_name('words')}: expected a list of words, none of them "
-                         f"empty, got {list(self.words)}")
+__all__ = ['ANCHORS', 'BOOK', 'encode_piece', 'BookPieces', 'questions', 'longest_word', 'shortest_book', 'nearest_end', 'hide',
+           'draw_keys', 'check_room', 'BookWriter', 'Passkeys', 'part_of_books', 'passkeys']
 
 # %% ../../nbs/250_data.passkeys.ipynb #8cb9d8bc
 ANCHORS = ".", "a", "1", ",", "\n", "Z", "漢"
@@ -210,9 +142,13 @@ class BookWriter:
         self.ends = SentenceEnds(tokenizer)
         self.shortest = shortest_book(self.pieces, config.keys, config.words_per_key, self.words)
         check_room(config, self.shortest)
+        if config.min_length is not None and config.min_length < self.shortest:
+            self.config = replace(config, min_length=self.shortest)
+
+    def length(self, index: int) -> int: return book_length(self.config, self.seed, index)
 
     def __call__(self, index: int, background: list[int]) -> dict[str, torch.Tensor]:
-        "Book number `index`; of `background`, at least `length` tokens, what fits is used."
+        "Book number `index`; of `background`, at least as long, what fits is used."
         rng = random.Random(f"book {self.seed} {index}")
         keys, order = draw_keys(rng, self.config, self.words)
         # what must be in the book
@@ -222,14 +158,14 @@ class BookWriter:
         tail, asked = questions(self.pieces, keys, order)
         # the story fills the rest
         taken = len(head) + len(tail) + sum(map(len, needles))
-        story = background[:self.config.length - taken]
+        story = background[:self.length(index) - taken]
         ids = head + hide(rng, needles, story, self.ends(story), self.config.depths)
         answers = [0] * len(ids) + asked
         return {"input_ids": torch.tensor(ids + tail), "answers": torch.tensor(answers)}
 
 # %% ../../nbs/250_data.passkeys.ipynb #08880726
 # the settings of a book: all that are not settings of its background
-BOOK = [n for n in PasskeysConfig.setting_names() if n not in SourceConfig.setting_names()]
+BOOK = [n for n in PasskeysConfig.setting_names() if n not in RowsConfig.setting_names()]
 
 # %% ../../nbs/250_data.passkeys.ipynb #67086b6b
 class Passkeys:
@@ -237,16 +173,20 @@ class Passkeys:
 
     `answers` is the number of the asked passkey (1..keys) on its answer tokens and 0 elsewhere;
     `answers > 0` is the set A of the paper's loss. Each book hides `keys` passkeys in `background`,
-    a stream of documents, and asks for all of them. `settings` are those of `BOOK`.
+    a stream of documents, and asks for all of them. `settings` are those of `BOOK`. Of a `part` of
+    the background come every n-th book; `pad` is for batches of different lengths, if there are.
     Source: arXiv 2606.30562, appendix on synthetic data.
     Raises `ValueError` if `length` cannot hold the keys, naming the shortest possible length."""
     def __init__(self, tokenizer: Any, background: Documents | StoryDocuments, length: int = 1024,
-                 *, template: BookTemplate | None = None, seed: int = 0, **settings: Any):
-        self.config = PasskeysConfig.make({"length": length}, **settings)
-        self.config.refuse(*SourceConfig.setting_names(), why="the background is given")
-        self.write = BookWriter(tokenizer, self.config, template or BookTemplate(), seed)
-        self.blocks = TokenBlocks(tokenizer, background, self.config.length)
-        self.index = 0
+                 *, template: BookTemplate | None = None, seed: int = 0, part: Part = WHOLE,
+                 **settings: Any):
+        config = self.config = PasskeysConfig.make({"length": length}, **settings)
+        config.refuse(*RowsConfig.setting_names(), why="the background is given")
+        self.write = BookWriter(tokenizer, config, template or BookTemplate(), seed)
+        least = self.write.config.min_length or config.length
+        self.blocks = TokenBlocks(tokenizer, background, least)
+        self.pad = None if config.min_length is None else padding(tokenizer)
+        self.part, self.index = part, 0
 
     @property
     def length(self) -> int: return self.config.length
@@ -255,9 +195,15 @@ class Passkeys:
     def shortest(self) -> int: return self.write.shortest
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for block in self.blocks:
+        number, parts = self.part
+        blocks = iter(self.blocks)
+        while True:
+            index = number + parts * self.index
+            background: list[int] = []
+            while len(background) < self.write.length(index):
+                background += next(blocks)["input_ids"].tolist()
             self.index += 1
-            yield self.write(self.index - 1, block["input_ids"].tolist())
+            yield self.write(index, background)
 
     def state_dict(self) -> dict[str, Any]:
         return {"index": self.index, "blocks": self.blocks.state_dict()}
@@ -269,21 +215,32 @@ class Passkeys:
 
     def fingerprint(self) -> str:
         "A short hash of what the books depend on."
-        settings = [getattr(self.config, name) for name in BOOK]
+        new = ("min_length", "group") if self.config.min_length is None else ()
+        settings = [getattr(self.config, name) for name in BOOK if name not in new]
         template = asdict(self.write.pieces.template)
         written = settings, self.write.words, template, self.write.seed
         return digest(self.blocks.fingerprint(), *written)
 
 # %% ../../nbs/250_data.passkeys.ipynb #b7790979
+def part_of_books(tokenizer: Any, config: PasskeysConfig, seed: int, held_out: bool | None,
+                  template: BookTemplate | None, part: Part) -> Passkeys:
+    "The books on one part of the background."
+    book = {name: getattr(config, name) for name in BOOK}
+    background = open_source(config, seed=seed, held_out=held_out, part=part)
+    return Passkeys(tokenizer, background, template=template, seed=seed, part=part, **book)
+
+
 def passkeys(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed: int = 0,
              held_out: bool | None = False, template: BookTemplate | None = None,
-             **settings: Any) -> Passkeys:
+             part: Part = WHOLE, **settings: Any) -> Any:
     """Passkey books on a background from `source` (see `documents`).
 
     `settings` are those of `PasskeysConfig`: `length` (1024), `keys` (10), `words_per_key` (32) ...
+    With `shards` or `workers` the stream is an `Ahead`, else `Passkeys` on a `part` of all.
     Documents that are held out for evaluation are left out, unless `held_out` asks for them (True)
     or for everything (None). Raises `ValueError` for settings and sources that cannot work."""
     config = PasskeysConfig.make({"source": source}, **settings)
-    book = {name: getattr(config, name) for name in BOOK}
-    background = open_source(config, seed=seed, held_out=held_out)
-    return Passkeys(tokenizer, background, template=template, seed=seed, **book)
+    make = partial(part_of_books, tokenizer, config, seed, held_out, template)
+    if config.shards == 1 and not config.workers: return make(part)
+    pad = make(WHOLE).pad                        # errors come now
+    return Ahead(make, config.shards, config.workers, pad)

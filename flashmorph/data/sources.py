@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from .chats import document_text, read_chat
 from .files import HASHED, SourceConfig, content_hash, file_kind, local_files
-from .stories import StoryDocuments, digest, state_value
+from .stories import WHOLE, Part, StoryDocuments, digest, state_value
 
 # %% auto #0
 __all__ = ['HELD_OUT_ONE_IN', 'NOTHING_HELD_OUT', 'is_held_out', 'check_position', 'first_line', 'read_document', 'TextColumn',
@@ -128,11 +128,12 @@ class Documents:
 
     `held_out`: False for what training reads, True for what evaluation reads, None for everything.
     If all documents of a pass lie on one side, nothing is held out: all are read, evaluation warns.
+    Not so if `strict`: the other side stays unread, as it may be elsewhere in the data.
     `facts` returns what the documents depend on, for `fingerprint`."""
     def __init__(self, texts: TextColumn, *, held_out: bool | None = None,
-                 facts: Callable[[], Any] = lambda: None):
+                 facts: Callable[[], Any] = lambda: None, strict: bool = False):
         self.texts = texts
-        self.held_out = held_out
+        self.held_out, self.strict = held_out, strict
         self.facts = facts
         self.everything = held_out is None
         self.sides: set[bool] = set()            # the sides seen since the pass began
@@ -146,7 +147,7 @@ class Documents:
                 self.sides.add(side := is_held_out(document_text(doc)))
                 if self.everything or side == self.held_out: yield doc
             sides, self.sides = self.sides, set()
-            if self.everything or len(sides) != 1: return
+            if self.everything or self.strict or len(sides) != 1: return
             if self.held_out: self.texts.warn(NOTHING_HELD_OUT)
             if self.held_out in sides: return
             self.everything = True
@@ -160,8 +161,7 @@ class Documents:
         return {"dataset": self.texts.position, **known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # in the first edition, the position of the dataset alone
-        if isinstance(state, dict) and "epoch" in state:
+        if isinstance(state, dict) and "epoch" in state:        # of the first edition
             known = {"everything": self.held_out is None, "sides": [False, True]}
             state = {"dataset": state, **known}
         everything = state_value(state, "everything", bool)
@@ -226,14 +226,20 @@ def source_facts(config: SourceConfig, files: list[Path] | None) -> list[Any]:
     return [config.sample_by, *hashes]
 
 # %% ../../nbs/220_data.sources.ipynb #97de5f59
-def open_source(config: SourceConfig, *, seed: int = 0,
-                held_out: bool | None = None) -> StoryDocuments | Documents:
-    "The stream of documents that `config` names, see `documents`."
-    if config.source == "stories": return StoryDocuments(seed)
+def open_source(config: SourceConfig, *, seed: int = 0, held_out: bool | None = None,
+                part: Part = WHOLE, strict: bool = False) -> StoryDocuments | Documents:
+    """The stream of documents that `config` names, see `documents`.
+
+    `part` is one of several that deal out all documents; a part is `strict`, see `Documents`."""
+    if config.source == "stories": return StoryDocuments(seed, part)
     files = local_files(config.source)
     dataset = open_hub(config) if files is None else open_files(files, config)
+    if part[1] > 1:
+        from datasets.distributed import split_dataset_by_node
+        dataset = split_dataset_by_node(dataset, *part)
     texts = TextColumn(dataset, config.column, source_name(config.source))
-    return Documents(texts, held_out=held_out, facts=lambda: source_facts(config, files))
+    return Documents(texts, held_out=held_out, strict=strict or part[1] > 1,
+                     facts=lambda: source_facts(config, files))
 
 # %% ../../nbs/220_data.sources.ipynb #20c7935f
 def documents(source: str | Path | list[str] = "stories", *, split: str = "train",

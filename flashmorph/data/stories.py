@@ -10,8 +10,8 @@ from hashlib import blake2b
 from typing import Any
 
 # %% auto #0
-__all__ = ['NAMES', 'TRADES', 'PLACES', 'COLOURS', 'THINGS', 'TIMES', 'MOODS', 'FACTS', 'EVENTS', 'draw_cast', 'draw_event',
-           'Stories', 'digest', 'state_value', 'StoryDocuments']
+__all__ = ['NAMES', 'TRADES', 'PLACES', 'COLOURS', 'THINGS', 'TIMES', 'MOODS', 'FACTS', 'EVENTS', 'Part', 'WHOLE', 'draw_cast',
+           'draw_event', 'Stories', 'digest', 'state_value', 'StoryDocuments']
 
 # %% ../../nbs/200_data.stories.ipynb #177af392
 NAMES = """Anna Boris Clara David Elena Felix Greta Hugo Irma Jonas Karin Leo Mara Nils Olga Peter
@@ -105,16 +105,24 @@ def state_value(state: Any, key: str, *kinds: type) -> Any:
                      f"{' or '.join(kind.__name__ for kind in known)}, in {state!r:.200}")
 
 # %% ../../nbs/200_data.stories.ipynb #3d5606be
+Part = tuple[int, int]      # the number of a part, from 0, and the count of parts
+WHOLE: Part = (0, 1)
+
+
 class StoryDocuments:
-    "Stories as a stream of documents `{\"text\": ...}` with a position."
-    def __init__(self, seed: int = 0):
+    """Stories as a stream of documents `{"text": ...}` with a position.
+
+    One part of `n` has every `n`-th story."""
+    def __init__(self, seed: int = 0, part: Part = WHOLE):
         self.stories = Stories(seed)
+        self.part = part
         self.index = 0
 
     def __iter__(self) -> Iterator[dict[str, str]]:
+        number, parts = self.part
         while True:
             self.index += 1
-            yield {"text": self.stories[self.index - 1]}
+            yield {"text": self.stories[number + parts * (self.index - 1)]}
 
     def set_epoch(self, epoch: int) -> None:
         "Does nothing: stories do not end, so their first pass is their only one."

@@ -6,28 +6,30 @@
 from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 import torch
+from .ahead import Ahead
 from .chats import written
-from .files import SourceConfig
+from .files import RowsConfig
 from .sources import Documents, first_line, open_source
-from .stories import Stories, StoryDocuments, digest, state_value
+from .stories import WHOLE, Part, Stories, StoryDocuments, digest, state_value
 from ..settings import setting
 
 # %% auto #0
 __all__ = ['MOST', 'END_MARKS', 'CLOSERS', 'SENTENCE', 'PART', 'CHANGED', 'Tokens', 'Pieces', 'SAMPLE', 'TextConfig',
            'check_tokenizer', 'encode', 'first_tokens', 'padding', 'chat_ends', 'ends_sentence', 'sentence_ends',
            'SentenceEnds', 'token_documents', 'read_position', 'with_rest', 'cut_rows', 'as_row', 'TokenBlocks',
-           'tokenizer_fingerprint', 'text']
+           'tokenizer_fingerprint', 'part_of_text', 'text']
 
 # %% ../../nbs/230_data.text.ipynb #2d13e2a1
 MOST = 2**24      # no row has more tokens, and no count is larger
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig(SourceConfig):
+class TextConfig(RowsConfig):
     """Settings of `text`. `passkeys` is the share of passkey books that a recipe mixes in.
 
     In `packed` rows each document is by itself: `position_ids` start again at its first token."""
@@ -253,15 +255,25 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest(vocabulary, special, sample)
 
 # %% ../../nbs/230_data.text.ipynb #d2219e2e
+def part_of_text(tokenizer: Any, config: TextConfig, seed: int, held_out: bool | None,
+                 part: Part) -> TokenBlocks:
+    "The blocks of one part of the documents."
+    docs = open_source(config, seed=seed, held_out=held_out, part=part)
+    return TokenBlocks(tokenizer, docs, config.length, config.packed)
+
+
 def text(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed: int = 0,
-         held_out: bool | None = False, **settings: Any) -> TokenBlocks:
+         held_out: bool | None = False, part: Part = WHOLE, **settings: Any) -> Any:
     """Token blocks `{"input_ids": (length,)}` of stories, local files or a hub dataset.
 
     `settings` are those of `TextConfig`: `length` (512), `packed`, and where the documents are.
+    With `shards` or `workers` the stream is an `Ahead`, else `TokenBlocks` of a `part` of all.
     Documents that are held out for evaluation are left out, unless `held_out` asks for them (True)
     or for everything (None). Raises `ValueError` for settings and sources that cannot work."""
     config = TextConfig.make({"source": source}, **settings)
     if config.passkeys:
         raise ValueError("text.passkeys: only recipes mix in books; use `Mixture` and `passkeys`")
-    docs = open_source(config, seed=seed, held_out=held_out)
-    return TokenBlocks(tokenizer, docs, config.length, config.packed)
+    make = partial(part_of_text, tokenizer, config, seed, held_out)
+    if config.shards == 1 and not config.workers: return make(part)
+    make(WHOLE)                                  # errors come now
+    return Ahead(make, config.shards, config.workers)

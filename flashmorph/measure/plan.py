@@ -208,8 +208,8 @@ def plan_search(planner: Planner) -> list[StagePlan]:
     first = replace(first, tokens=tokens, flops=flops)
     # other selectors say in their rankings what they took
     if planner.recipe.method != "flashmorph": return [first]
-    second = planner.stage("gates", gates, planner.books.tokens, planner.books.gates(),
-                        teacher + 4 * branches)
+    mean = Passes(planner.model, math.ceil(planner.recipe.passkeys.mean_length))
+    second = planner.stage("gates", gates, mean.tokens, mean.gates(), teacher + 4 * branches)
     return [first, second]
 
 # %% ../../nbs/540_measure.plan.ipynb #e2005f11

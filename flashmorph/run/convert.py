@@ -149,13 +149,14 @@ def write_results(work: Conversion) -> dict[str, Any]:
 def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     "Stages 1 and 2, and the selection."
     materials, method = work.materials, work.recipe.method
+    seed = work.recipe.seed
     model = morph(materials.teacher, mixer=work.recipe.mixer)
     work.say(f"align the linear branch of each of {model.num_layers} layers")
-    work.train("align", align, model, materials.rows(work.recipe.seed))
+    work.train("align", align, model, materials.rows(seed))
     model.save_branches(work.run.path(BRANCHES_FILE))
     gated = method == "flashmorph"
     work.say("train the gates" if gated else f"rank the layers by {method}")
-    if gated: found = work.train("gates", train_gates, model, materials.books(work.recipe.seed))
+    if gated: found = work.train("gates", train_gates, model, materials.gate_books(seed))
     else: found = rank_layers(materials, model, work.run, work.facts["rank"])
     # what the selector chooses, unless somebody has chosen otherwise
     ours = check_cut(materials, model, work.ledger, work.facts, found, work.say)

@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 from transformers import PreTrainedModel
 from ..choose.uniform import uniform
+from ..data.ahead import Ahead
 from ..data.mixture import Mixture, fingerprint
-from ..data.passkeys import Passkeys, passkeys
+from ..data.passkeys import passkeys
 from ..data.files import SourceConfig
+from ..data.stories import WHOLE, Part
 from ..data.text import text, tokenizer_fingerprint
 from ..ledger import Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
@@ -23,9 +26,19 @@ from ..selection import Selection, budget_or_quarter
 from ..train.resume import UNCOMPARED, as_earlier
 
 # %% auto #0
-__all__ = ['Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of', 'table_facts',
-           'recipe_facts', 'aligned_facts', 'gated_facts', 'exchange_facts', 'repaired_facts', 'made_facts',
-           'ranking_stage', 'stage_facts', 'sets_of']
+__all__ = ['mixed_rows', 'Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of',
+           'table_facts', 'recipe_facts', 'aligned_facts', 'gated_facts', 'exchange_facts', 'repaired_facts',
+           'made_facts', 'ranking_stage', 'stage_facts', 'sets_of']
+
+# %% ../../nbs/810_run.materials.ipynb #d7c134fc
+def mixed_rows(tokenizer: Any, recipe: Recipe, seed: int, part: Part) -> Mixture:
+    "Text with its share of passkey books, of one part of the documents."
+    made = {"seed": seed, "part": part, "shards": 1, "workers": 0}
+    settings = {**asdict(recipe.text), **made}
+    share = settings.pop("passkeys")
+    book = {**asdict(recipe.passkeys), **made, "min_length": None, "length": recipe.text.length}
+    streams = [text(tokenizer, **settings), passkeys(tokenizer, **book)]
+    return Mixture(streams, [1 - share, share], seed, part)
 
 # %% ../../nbs/810_run.materials.ipynb #f1406d86
 class Materials:
@@ -38,20 +51,24 @@ class Materials:
         self.num_layers: int = self.teacher.config.num_hidden_layers
         self.budget = budget_or_quarter(recipe.budget, self.num_layers)
 
-    def books(self, seed: int, length: int | None = None) -> Passkeys:
+    def books(self, seed: int, length: int | None = None) -> Any:
         "Passkey books, of the recipe's length unless another is asked for."
-        settings = asdict(self.recipe.passkeys)
+        settings = {**asdict(self.recipe.passkeys), "min_length": None}
         if length is not None: settings["length"] = length
         return passkeys(self.tokenizer, **settings, seed=seed)
 
+    def gate_books(self, seed: int) -> Any:
+        "Passkey books for the gates, of random lengths if the recipe asks for them."
+        return passkeys(self.tokenizer, **asdict(self.recipe.passkeys), seed=seed)
+
     def rows(self, seed: int) -> Any:
         "Rows for stages 1 and 3: text, with a share of passkey books of the same length."
-        settings = asdict(self.recipe.text)
-        share = settings.pop("passkeys")
-        blocks = text(self.tokenizer, **settings, seed=seed)
-        if not share: return blocks
-        books = self.books(seed, self.recipe.text.length)
-        return Mixture([blocks, books], [1 - share, share], seed=seed)
+        config = self.recipe.text
+        settings = asdict(config)
+        if not settings.pop("passkeys"): return text(self.tokenizer, **settings, seed=seed)
+        make = partial(mixed_rows, self.tokenizer, self.recipe, seed)
+        if config.shards == 1 and not config.workers: return make(WHOLE)
+        return Ahead(make, config.shards, config.workers)
 
 # %% ../../nbs/810_run.materials.ipynb #e8308053
 def check_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
@@ -77,7 +94,7 @@ def streams(materials: Materials) -> Iterator[Any]:
     "Everything that the stages of a recipe will read."
     recipe = materials.recipe
     yield materials.rows(recipe.seed)
-    yield materials.books(recipe.seed)
+    yield materials.gate_books(recipe.seed)
     # a row of the mixture may be text, so books of its length are tried too
     if recipe.text.passkeys: yield materials.books(recipe.seed, recipe.text.length)
     yield from evaluated_streams(materials)
@@ -132,8 +149,10 @@ def aligned_facts(materials: Materials) -> Facts:
 def gated_facts(materials: Materials) -> Facts:
     "The facts of how layers are ranked, which those of stage 1 are added to."
     recipe = materials.recipe
-    books = {"the books": fingerprint(materials.books(recipe.seed))}
-    if recipe.method == "flashmorph": return {**table_facts(recipe, "passkeys", "gates"), **books}
+    gated = recipe.method == "flashmorph"
+    read = materials.gate_books if gated else materials.books
+    books = {"the books": fingerprint(read(recipe.seed))}
+    if gated: return {**table_facts(recipe, "passkeys", "gates"), **books}
     return {"method": recipe.method, **table_facts(recipe, "passkeys", "rank"), **books}
 
 

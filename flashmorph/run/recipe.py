@@ -27,9 +27,10 @@ from ..train.distill import DistillConfig, FinetuneConfig
 from ..train.objective import FitConfig, with_steps
 
 # %% auto #0
-__all__ = ['STAGES', 'TABLES', 'COMPARE', 'SIZES', 'ROWS', 'WHERE', 'inherited', 'table_kind', 'ranking_table', 'check_compare',
-           'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape', 'recipe_from_dict', 'parsed',
-           'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe']
+__all__ = ['STAGES', 'TABLES', 'COMPARE', 'SIZES', 'ROWS', 'WHERE', 'inherited', 'row_tokens', 'table_kind', 'ranking_table',
+           'check_compare', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape',
+           'recipe_from_dict', 'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml',
+           'save_recipe']
 
 # %% ../../nbs/800_run.recipe.ipynb #598d9114
 STAGES: dict[str, type[FitConfig]] = {
@@ -59,9 +60,16 @@ def inherited(table: Any, source: Settings, sizes: Settings | None = None) -> An
     if not isinstance(table, Mapping): return table
     # column, split and subset belong to a source, and go with it
     names = [] if "source" in table else SourceConfig.setting_names()
+    if sizes is None: names += ["shards", "workers"]
     more = {name: source[name] for name in names}
     if sizes is not None: more |= {name: sizes[name] for name in SIZES}
     return {**more, **table}
+
+# %% ../../nbs/800_run.recipe.ipynb #b22d8401
+def row_tokens(recipe: Recipe, stage: str) -> float:
+    "Tokens of the rows that a stage reads; of books of random lengths, which gates read, the mean."
+    if stage == "gates": return recipe.passkeys.mean_length
+    return recipe[ROWS[stage]]["length"]
 
 # %% ../../nbs/800_run.recipe.ipynb #820d14f3
 def table_kind(name: str, method: str) -> type[Settings]:
@@ -155,7 +163,7 @@ class Recipe(Settings):
         if not isinstance(table, (Mapping, kind)):
             raise ValueError(f"{name}: expected a table, got {table!r}")
         if name in STAGES and isinstance(table, Mapping):
-            table = with_steps(STAGES[name], table, self[ROWS[name]]["length"])
+            table = with_steps(STAGES[name], table, row_tokens(self, name))
         if name == "passkeys": table = inherited(table, self.text)
         if name == "evaluate": table = inherited(table, self.text, self.passkeys)
         return kind.make(table)

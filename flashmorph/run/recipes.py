@@ -4,13 +4,14 @@
 
 # %% ../../nbs/855_run.recipes.ipynb #f47e5b3f
 from __future__ import annotations
+import math
 from pathlib import Path
 from typing import Annotated, Any
 import typer
 from rich import box
 from rich.table import Table
 from ..results import amount
-from .recipe import ROWS, Recipe, load_recipe, shipped_recipes
+from .recipe import ROWS, Recipe, load_recipe, row_tokens, shipped_recipes
 from .terminal import console, plain_errors, show
 from ..store import nearest
 
@@ -26,9 +27,10 @@ def purpose(path: Path) -> str:
 def stage_tokens(recipe: Recipe) -> dict[str, int]:
     "The tokens that each training of a recipe reads on one process, the start of stage 1 apart."
     found = {}
-    for name, rows in ROWS.items():
+    for name in ROWS:
         stage = recipe[name]
-        found[name] = stage.steps * stage.batch_size * stage.accumulate * recipe[rows]["length"]
+        rows = stage.steps * stage.batch_size * stage.accumulate
+        found[name] = math.ceil(rows * row_tokens(recipe, name))
     if recipe.method != "flashmorph": found["gates"] = 0        # other selectors train none
     return found
 

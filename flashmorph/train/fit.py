@@ -46,14 +46,13 @@ class State:
     ):
         self.objective, self.config = objective, config
         self.stage, self.run = stage, run
-        self.acc = accelerator(config, objective)
+        acc = self.acc = accelerator(config, objective)
         self.writes = run is not None and self.acc.is_main_process
         self.parameters = objective.trainable()
         if not self.parameters:
             raise ValueError(f"stage {stage!r}: nothing to train, no parameter has requires_grad")
         promote(self.parameters.values())
-        rank, world = self.acc.process_index, self.acc.num_processes
-        self.batches = Batches(data, config.batch_size, rank, world)
+        self.batches = Batches(data, config.batch_size, acc.process_index, acc.num_processes)
         self.facts: dict[str, Any] = {}
         self.checkpoints = run.checkpoints(stage, config.keep) if run else None
         self.step, self.tokens = 0, 0
@@ -76,23 +75,24 @@ class State:
         Raises `FloatingPointError` if a weight is not finite."""
         where = f"stage {self.stage!r}, step {self.step}"
         check_finite(self.parameters, where)
+        position = self.batches.state_dict() if self.run else {}       # on all ranks at once
         if not (self.writes and self.run and self.checkpoints): return
         # the log must reach the disk before the checkpoint that counts on its events
         self.run.check_intact()
         sync(self.run.log.path)
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
         if optimizer is not None: tensors |= optimizer_tensors(optimizer, self.parameters)
-        self.last = self.checkpoints.save(self.step, tensors, metadata(self))
+        self.last = self.checkpoints.save(self.step, tensors, metadata(self, position))
 
     def result(self) -> FitResult:
         taken = self.tokens, self.seconds
         return FitResult(self.stage, self.step, *taken, self.events, self.peak_memory)
 
 # %% ../../nbs/440_train.fit.ipynb #378282fb
-def metadata(state: State) -> dict[str, Any]:
-    "What a checkpoint holds beside its tensors."
+def metadata(state: State, position: dict[str, Any]) -> dict[str, Any]:
+    "What a checkpoint holds beside its tensors; `position` is that in the data."
     return {
-        "edition": 2, "settings": state.facts, "data": state.batches.state_dict(),
+        "edition": 2, "settings": state.facts, "data": position,
         "tokens": state.tokens, "seconds": state.seconds, "events": state.trace.digest(),
         "peak_memory": state.peak_memory,
     }

@@ -78,7 +78,7 @@ def token_count(name: str, value: Any) -> int:
                      f"(K, M, B and T are thousands to trillions), got {value!r}")
 
 # %% ../../nbs/410_train.objective.ipynb #a0128fc6
-def with_steps(kind: type[FitConfig], table: Mapping[str, Any], length: int) -> Mapping[str, Any]:
+def with_steps(kind: type[FitConfig], table: Mapping[str, Any], length: float) -> Mapping[str, Any]:
     """The settings of a stage with `steps` in place of `tokens`, for rows of `length` tokens.
 
     Raises `ValueError` for both at once, for what is no count, and as `kind` does."""
