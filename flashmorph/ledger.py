@@ -15,9 +15,9 @@ from .selection import Selection
 from .store import checksum, read_json, write_aside
 
 # %% auto #0
-__all__ = ['Facts', 'differences', 'short_hash', 'model_fingerprint', 'would_be_again', 'Ledger', 'check_choice', 'chosen',
-           'scores_in', 'read_scores', 'check_finite', 'check_finished', 'is_finished', 'adopt', 'find_run', 'Training',
-           'read_training', 'same_source']
+__all__ = ['Facts', 'differences', 'longer', 'short_hash', 'model_fingerprint', 'would_be_again', 'Ledger', 'check_choice',
+           'chosen', 'scores_in', 'read_scores', 'check_finite', 'check_finished', 'is_finished', 'adopt', 'find_run',
+           'Training', 'read_training', 'same_source']
 
 # %% ../nbs/050_ledger.ipynb #419d289f
 Facts = dict[str, Any]
@@ -32,6 +32,13 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     said = [f"{name}: {then[name]!r} then, {now[name]!r} now" for name in names[:4]]
     more = " ..." if len(names) > 4 else ""
     return "; ".join(said) + more
+
+# %% ../nbs/050_ledger.ipynb #460c520e
+def longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    "The numbers of steps that grew, `align.steps`; none if anything else changed."
+    names = [name for name in then if name in now and then[name] != now[name]]
+    grew = [name for name in names if name.endswith(".steps") and now[name] > then[name]]
+    return grew if grew == names else []
 
 # %% ../nbs/050_ledger.ipynb #fe7505fe
 def short_hash(*texts: str) -> str:
@@ -73,16 +80,27 @@ class Ledger:
     def begun(self, stage: str) -> bool:
         return stage in self.scored or bool(self.run.checkpoints(stage).paths())
 
+    def grows(self, stage: str, facts: Facts) -> bool:
+        "Is a training that has begun asked for more steps of its own?"
+        own = f"{stage.split('-')[0]}.steps"
+        return self.begun(stage) and longer(self.stages.get(stage, {}), facts) == [own]
+
+    def outdated(self, facts: Mapping[str, Facts]) -> list[str]:
+        "The evaluations that were made before a training got more steps."
+        return [stage for stage in facts if stage in self.scored
+                and longer(self.stages.get(stage, {}), facts[stage])]
+
     def check(self, stage: str, facts: Facts) -> None:
-        "Raise `ValueError` if a stage has begun with other facts."
+        "Raise `ValueError` if a stage has begun with other facts; it may get more steps."
         changes = differences(self.stages.get(stage, {}), facts)
-        if changes and self.begun(stage):
+        if changes and self.begun(stage) and not self.grows(stage, facts):
             raise ValueError(would_be_again(self.run, stage, changes))
 
     def begin(self, stage: str, facts: Facts) -> None:
         "Check the facts of a stage, and record them before the stage is run."
         self.check(stage, facts)
-        if self.stages.get(stage) == facts: return
+        # a longer training stays known by the facts that it was begun with
+        if self.stages.get(stage) == facts or self.grows(stage, facts): return
         self.stages[stage] = facts
         self.write()
 
@@ -151,15 +169,22 @@ def check_finished(run: Run) -> None:
 
 # %% ../nbs/050_ledger.ipynb #a858f3aa
 def is_finished(run: Run, recipe: Facts) -> bool:
-    "Is the run finished, with the same `recipe`? Raises `ValueError` for another recipe."
+    """Is the run finished, with the same `recipe`? Raises `ValueError` for another recipe.
+
+    A run with checkpoints is not finished if the recipe has more steps, and differs in nothing."""
     marker = run.path("run.json")
     if not marker.exists(): return False
     record = read_json(marker, "the marker of a run")
     if not record.get("finished"): return False
-    changes = differences(record.get("recipe") or {}, recipe)
+    before = record.get("recipe") or {}
+    changes, grew = differences(before, recipe), longer(before, recipe)
+    # with its checkpoints it can go on
+    if grew and run.path("checkpoints").is_dir(): return False
     if changes:
-        raise ValueError(f"run {run.folder} is finished, with another recipe ({changes}): start "
-                         "another run")
+        why = ("; it has kept no checkpoint to go on from (extendable = true in that table would "
+               "have)") if grew else ""
+        raise ValueError(f"run {run.folder} is finished, with another recipe ({changes}){why}: "
+                         "start another run")
     check_finished(run)
     return True
 

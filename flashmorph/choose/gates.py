@@ -100,6 +100,7 @@ class PriceObjective(GateObjective):
 # %% ../../nbs/620_choose.gates.ipynb #b278d67f
 class AnswerObjective(GateObjective):
     "The divergence of the answers from the teacher's, in nats, along a falling sum of gates."
+    any_length = False
     def optimizer(
         self, parameters: Iterable[nn.Parameter], config: FitConfig
     ) -> torch.optim.Optimizer:

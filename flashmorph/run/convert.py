@@ -23,7 +23,7 @@ from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
 from .hub import card_hybrid
 from .materials import (
-    Materials, check_materials, digest_of, recipe_facts, sets_of, stage_facts)
+    Materials, check_materials, digest_of, recipe_facts, sets_of, stage_facts, tidy)
 from .paths import named_paths, with_absolute_paths
 from .ranking import check_cut, rank_layers
 from .recipe import Recipe, load_recipe, save_recipe
@@ -54,6 +54,7 @@ class Conversion:
         self.facts = stage_facts(materials)
         self.scores = read_scores(run)
         self.ledger = Ledger(run, self.scores)
+        for stage in self.ledger.outdated(self.facts): del self.scores[stage]
         self.seconds: dict[str, float] = {}
         self.sets: dict[str, list[int]] = {}            # the layers that each hybrid keeps
         for stage, facts in self.facts.items(): self.ledger.check(stage, facts)
@@ -66,7 +67,7 @@ class Conversion:
         # the settings of `distill-uniform` are those of the table `distill`
         table = stage.split("-")[0]
         settings = replace(self.recipe[table], seed=self.recipe.seed)
-        known = {"stage": stage, "facts": {"facts": digest_of(facts)}}
+        known = {"stage": stage, "facts": {"facts": digest_of(self.ledger.stages[stage])}}
         result = function(*inputs, settings, run=self.run, resume=True, **known, **self.options)
         self.seconds[stage] = self.spending.stages[stage]["seconds"]
         return result
@@ -202,8 +203,7 @@ def repair(work: Conversion, model: MorphableModel, name: str) -> HybridForCausa
 def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
     "The results of a run, `None` if it is not finished. Raises `ValueError` for another recipe."
     if not is_finished(run, recipe_facts(recipe)): return None
-    # a kill may have come between
-    shutil.rmtree(run.path("checkpoints"), ignore_errors=True)
+    tidy(run, recipe)                   # a kill may have come between
     if not run.path("report.html").exists(): write_report(run.folder)
     return read_json(run.path("results.json"), "results of a run")
 
@@ -214,7 +214,7 @@ def finish(work: Conversion) -> dict[str, Any]:
     write_report(work.run.folder)
     card_hybrid(work.run.folder)
     work.ledger.write(finished=True, recipe=recipe_facts(work.recipe))
-    shutil.rmtree(work.run.path("checkpoints"), ignore_errors=True)
+    tidy(work.run, work.recipe)
     for callback in work.options["callbacks"]: callback.finish(results)
     return results
 

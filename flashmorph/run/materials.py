@@ -4,7 +4,7 @@
 
 # %% ../../nbs/810_run.materials.ipynb #d6b70ffa
 from __future__ import annotations
-import json
+import json, shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -17,18 +17,19 @@ from ..data.passkeys import passkeys
 from ..data.files import SourceConfig
 from ..data.stories import WHOLE, Part
 from ..data.text import text, tokenizer_fingerprint
+from ..folder import Run
 from ..ledger import Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
 from ..model.parts import check_full
 from ..model.teacher import check_length, load_teacher
-from .recipe import SIZES, TABLES, Recipe, recipe_toml
+from .recipe import SIZES, STAGES, TABLES, Recipe, recipe_toml
 from ..selection import Selection, budget_or_quarter
 from ..train.resume import UNCOMPARED, as_earlier
 
 # %% auto #0
 __all__ = ['mixed_rows', 'Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of',
            'table_facts', 'recipe_facts', 'aligned_facts', 'gated_facts', 'exchange_facts', 'repaired_facts',
-           'made_facts', 'ranking_stage', 'stage_facts', 'sets_of']
+           'made_facts', 'ranking_stage', 'stage_facts', 'sets_of', 'tidy']
 
 # %% ../../nbs/810_run.materials.ipynb #d7c134fc
 def mixed_rows(tokenizer: Any, recipe: Recipe, seed: int, part: Part) -> Mixture:
@@ -215,3 +216,9 @@ def sets_of(materials: Materials, selection: Selection) -> dict[str, list[int]]:
     spaced = list(uniform(materials.num_layers, materials.budget).layers)
     sets = {"flashmorph": list(selection.layers), "all_linear": [], "uniform": spaced}
     return {name: sets[name] for name in ("flashmorph", *materials.recipe.compare)}
+
+# %% ../../nbs/810_run.materials.ipynb #5a01ebc1
+def tidy(run: Run, recipe: Recipe) -> None:
+    "Delete the checkpoints of a finished run, unless a stage is to be extendable."
+    if any(recipe[name].extendable for name in STAGES): return
+    shutil.rmtree(run.path("checkpoints"), ignore_errors=True)

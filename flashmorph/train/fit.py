@@ -17,12 +17,12 @@ from ..ops.meter import PeakMemory
 from ..results import amount
 from ..folder import Run, plain_name
 from ..store import Checkpoints, load_strict, sync
+from .extend import settle
 from .objective import Callback, FitConfig, FitResult, Objective
 from .precision import accelerator, promote, what_trains
 from .stop import graceful_stop, memory_advice
 from flashmorph.train.resume import (
-    Trace, check_events, check_facts, check_finite, facts_of, fingerprint, load_optimizer,
-    optimizer_tensors,
+    Trace, check_events, check_finite, facts_of, fingerprint, load_optimizer, optimizer_tensors,
 )
 
 # %% auto #0
@@ -44,7 +44,8 @@ class State:
     def __init__(
         self, objective: Objective, data: Any, config: FitConfig, stage: str, run: Run | None
     ):
-        self.objective, self.config = objective, config
+        self.objective, self.given = objective, config
+        self.config = config = config.complete()
         self.stage, self.run = stage, run
         acc = self.acc = accelerator(config, objective)
         self.writes = run is not None and self.acc.is_main_process
@@ -56,7 +57,7 @@ class State:
         self.facts: dict[str, Any] = {}
         self.checkpoints = run.checkpoints(stage, config.keep) if run else None
         self.step, self.tokens = 0, 0
-        self.seconds = 0.0
+        self.seconds, self.notice = 0.0, ""
         self.memory, self.peak_memory = PeakMemory(self.acc.device), 0
         self.events: list[dict[str, Any]] = []
         self.trace = Trace()
@@ -106,7 +107,7 @@ def restore(state: State) -> dict[str, Tensor]:
     if not paths or state.run is None: return fresh(state)
     path = paths[-1]
     tensors, meta = Checkpoints.read(path)
-    check_facts(path, meta.get("settings", {}), state.facts, strict=meta.get("edition", 1) > 1)
+    settle(state, path, tensors, meta)
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     load_strict(f"checkpoint {path}", weights, state.parameters)
     # the events up to the checkpoint, and no others
@@ -231,7 +232,7 @@ def train(
                disable=not (progress and acc.is_local_main_process))
     if not bar.disable:
         line = what_trains(state.parameters, state.objective.frozen())
-        bar.write(f"{state.stage} {line}")
+        bar.write(f"{state.notice}{state.stage} {line}")
     with bar, graceful_stop() as stopped:
         began = time.perf_counter() - state.seconds
         first = state.tokens
@@ -245,8 +246,7 @@ def train(
             shown = {"loss": f"{event['loss']:.4g}", "tokens_s": f"{rate:,.0f}"}
             shown[state.memory.name] = amount(state.peak_memory, "bytes")
             bar.set_postfix(shown, refresh=False)
-            # a finished stage keeps its weights only
-            if state.step == c.steps: state.save()
+            if state.step == c.steps: state.save(optimizer if c.extendable else None)
             elif state.step % c.save_every == 0 or stopped(): state.save(optimizer)
             if stopped():
                 hint = f"; resume from {state.last}" if state.last else ""
@@ -271,8 +271,8 @@ def fit(
 
     With a `run`, events go to its `log.jsonl` and checkpoints to `checkpoints/<stage>/` in it;
     `resume=True` goes on from the newest checkpoint, bit for bit on a CPU (a finished stage is
-    only loaded). Settings, frozen weights, `data.fingerprint()` where there is one, and `facts`
-    are compared with those of the checkpoint. Weights that train are float32 from then on.
+    only loaded). Settings but for more `steps`, frozen weights, `data.fingerprint()` where there is
+    one, and `facts` are as in the checkpoint. Weights that train are float32 from then on.
 
     Raises `FloatingPointError` on a loss or a weight that is not finite, `ValueError` on a
     checkpoint, a log or rows that do not fit and if another process uses the run, `OSError` if
@@ -280,7 +280,7 @@ def fit(
     the last checkpoint stays."""
     again = recomputing(objective) if config.recompute else contextlib.nullcontext()
     place = None if run is None else Run(run)
-    state = State(objective, data, config.complete(), plain_name(stage), place)
+    state = State(objective, data, config, plain_name(stage), place)
     heard = list(callbacks) if state.acc.is_main_process else []
     with again, place.lock() if place and state.writes else contextlib.nullcontext():
         if place:

@@ -19,7 +19,7 @@ __all__ = ['UNCOMPARED', 'BITS', 'EARLIER', 'fingerprint', 'facts_of', 'as_earli
            'is_number', 'optimizer_tensors', 'load_optimizer', 'check_finite']
 
 # %% ../../nbs/400_train.resume.ipynb #3a27d57e
-UNCOMPARED = ("keep", "save_every", "recompute", "workers")        # they change no result
+UNCOMPARED = ("keep", "save_every", "recompute", "workers", "extendable")    # change no result
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
