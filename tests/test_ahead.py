@@ -3,6 +3,7 @@ import itertools
 import json
 import multiprocessing
 import socket
+import tomllib
 import warnings
 
 import pytest
@@ -16,6 +17,8 @@ from flashmorph.data.batches import Batches
 from flashmorph.data.mixture import Mixture
 from flashmorph.data.sources import documents, is_held_out
 from flashmorph.data.stories import Stories
+from flashmorph.run.paths import with_absolute_paths
+from flashmorph.run.recipe import Recipe, load_recipe, recipe_from_dict, recipe_toml
 
 COUNT = 60
 
@@ -48,13 +51,16 @@ def taken(stream, count):
 def make(kind, tokenizer, file, **settings):
     books = {"length": 220, "min_length": 180, "keys": 2, "words_per_key": 2, "group": 3}
     if kind == "books": return passkeys(tokenizer, file, **books, **settings)
+    if kind == "mix":
+        mix = [{"source": file, "weight": 0.5}, {"source": "stories"}]
+        return text(tokenizer, mix=mix, length=64, **settings)
     return text(tokenizer, file, length=64, packed=kind == "packed", **settings)
 
 
-@pytest.mark.parametrize("kind", ["text", "packed", "books"])
+@pytest.mark.parametrize("kind", ["text", "packed", "books", "mix"])
 def test_resumed_three_times_over_epochs(kind, tokenizer, file):
     "Bit-equal, with any number of workers at any time: as one undisturbed stream without workers."
-    count = 75 if kind != "books" else 30
+    count = {"books": 30, "mix": 330}.get(kind, 75)
     straight = list(itertools.islice(quiet(make(kind, tokenizer, file, shards=4)), count))
     state, found = None, []
     for workers, rows in ((2, 7), (0, 9), (2, 8), (1, count - 24)):
@@ -67,7 +73,8 @@ def test_resumed_three_times_over_epochs(kind, tokenizer, file):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     # more than two passes, and the rows without text counted in each
-    docs = [one.get("blocks", one) for one in state["shards"]]
+    streams = [one["streams"][0] if kind == "mix" else one for one in state["shards"]]
+    docs = [one.get("blocks", one) for one in streams]
     assert min(one["epoch"] for one in docs) >= 2
     assert sum(one["docs"].get("skipped", 0) for one in docs) >= 4
 
@@ -230,3 +237,40 @@ def test_gates_train_on_random_lengths(tokenizer):
         losses.append(result.losses[1])
     assert losses[0] > 0
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)      # float32 rounding
+
+
+def test_a_document_is_held_out_of_every_source(tokenizer, tmp_path):
+    "The same documents in two sources: neither training nor evaluation reads one of the other."
+    held = [one for one in (Stories(7)[n] for n in range(400)) if is_held_out(one)]
+    free = [one for one in (Stories(7)[n] for n in range(40)) if not is_held_out(one)]
+    for name, docs in (("a", free + held[:4]), ("b", held[:2] + free[:3])):
+        lines = "\n".join(json.dumps({"text": one}) for one in docs)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    mix = [{"source": tmp_path / "a.jsonl", "weight": 2}, {"source": tmp_path / "b.jsonl"}]
+    start = {one: tokenizer(one)["input_ids"][:24] for one in (*held[:4], *free)}
+    for side, others in ((False, held[:4]), (True, free)):
+        rows = taken(text(tokenizer, mix=mix, length=64, held_out=side), 150)
+        read = torch.cat(rows).tolist()
+        windows = {tuple(read[i:i + 24]) for i in range(len(read))}
+        assert not any(tuple(start[one]) in windows for one in others)
+        assert any(tuple(start[one]) in windows for one in (held[:4] if side else free))
+    # a source with nothing on the side that is asked for is refused in a sentence
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": held[0]}))
+    with pytest.raises(ValueError, match="the text source is empty"):
+        taken(text(tokenizer, mix=mix, length=64), 150)
+
+
+def test_a_recipe_mixes_sources(tmp_path, monkeypatch):
+    "Written and read back, its paths made absolute; books lie in the source of most weight."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    mix = [{"source": "stories", "weight": 0.3}, {"source": "a.jsonl", "weight": 0.7}]
+    recipe = Recipe(text={"mix": mix})
+    assert recipe_from_dict(tomllib.loads(recipe_toml(recipe))) == recipe
+    assert recipe.passkeys.source == recipe.evaluate.source == "a.jsonl"
+    assert with_absolute_paths(recipe).text.mix[1].source == str(tmp_path / "a.jsonl")
+    changes = ["text.mix=[{source = 'a.jsonl', weight = 2}]", "passkeys.source=stories"]
+    changed = load_recipe("demo-cheap", changes)
+    assert changed.text.main.source == "a.jsonl" and changed.passkeys.source == "stories"
+    with pytest.raises(ValueError, match="text.mix.weight: expected a number > 0"):
+        Recipe(text={"mix": [{"source": "stories", "weight": 0}]})

@@ -104,8 +104,7 @@ class Ahead:
 
     `make((shard, shards))` returns the stream of a shard, endless and with a position; with
     workers it has to be a function that can be sent to a process. Without workers, rows are made
-    when they are asked for. Rows are the same for any number of workers. `pad` is the token that
-    fills rows of different lengths."""
+    when they are asked for. Rows are the same for any number of workers. `pad` fills short rows."""
     def __init__(self, make: Make, shards: int = 1, workers: int = 0, pad: int | None = None):
         self.make, self.pad = make, pad
         self.shards, self.workers = shards, workers

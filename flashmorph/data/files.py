@@ -14,7 +14,8 @@ from ..store import nearest
 
 # %% auto #0
 __all__ = ['LOADERS', 'FILE_KINDS', 'COMPRESSED', 'EXPECTED', 'HASHED', 'checked_name', 'plain_source', 'SourceConfig',
-           'RowsConfig', 'file_kind', 'files_of_folder', 'check_file', 'looks_local', 'local_files', 'content_hash']
+           'MixedSource', 'RowsConfig', 'file_kind', 'files_of_folder', 'check_file', 'looks_local', 'local_files',
+           'content_hash']
 
 # %% ../../nbs/210_data.files.ipynb #3c9df90b
 # names that `datasets` takes for a way to read all files of the working folder
@@ -72,6 +73,13 @@ class SourceConfig(Settings):
             value = getattr(self, key)
             if value != type(self).__dataclass_fields__[key].default:
                 raise ValueError(f"{self.full_name(key)} = {value!r} has no meaning here: {why}")
+
+# %% ../../nbs/210_data.files.ipynb #77fa2a24
+@dataclass(frozen=True, kw_only=True)
+class MixedSource(SourceConfig):
+    "One of several sources: `weight` is its share of the rows, beside the other weights."
+    table: ClassVar[str] = "text.mix"
+    weight: float = setting(1.0, above=0, high=10**6)
 
 # %% ../../nbs/210_data.files.ipynb #469e4c71
 @dataclass(frozen=True, kw_only=True)

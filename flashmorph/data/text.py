@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from .ahead import Ahead
 from .chats import written
-from .files import RowsConfig
+from .files import MixedSource, RowsConfig, SourceConfig
+from .mixture import Mixture
 from .sources import Documents, first_line, open_source
 from .stories import WHOLE, Part, Stories, StoryDocuments, digest, state_value
 from ..settings import setting
@@ -32,10 +33,22 @@ MOST = 2**24      # no row has more tokens, and no count is larger
 class TextConfig(RowsConfig):
     """Settings of `text`. `passkeys` is the share of passkey books that a recipe mixes in.
 
-    In `packed` rows each document is by itself: `position_ids` start again at its first token."""
+    In `packed` rows each document is by itself: `position_ids` start again at its first token.
+    `mix` names several sources with their weights, in place of one."""
     length: int = setting(512, low=2, high=MOST)
     passkeys: float = setting(0.0, low=0, high=1)
     packed: bool = False
+    mix: tuple[MixedSource, ...] = ()
+
+    def check(self) -> None:
+        super().check()
+        if not self.mix: return
+        self.refuse(*SourceConfig.setting_names(), why="the sources are those of text.mix")
+
+    @property
+    def main(self) -> SourceConfig:
+        "The source, or the one of several with the largest weight."
+        return max(self.mix, key=lambda one: one.weight) if self.mix else self
 
 # %% ../../nbs/230_data.text.ipynb #c867fd97
 def check_tokenizer(tokenizer: Any, *names: str) -> None:
@@ -256,10 +269,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 # %% ../../nbs/230_data.text.ipynb #d2219e2e
 def part_of_text(tokenizer: Any, config: TextConfig, seed: int, held_out: bool | None,
-                 part: Part) -> TokenBlocks:
-    "The blocks of one part of the documents."
-    docs = open_source(config, seed=seed, held_out=held_out, part=part)
-    return TokenBlocks(tokenizer, docs, config.length, config.packed)
+                 part: Part) -> TokenBlocks | Mixture:
+    "The blocks of one part of the documents, of one source or of several."
+    def blocks(source: SourceConfig) -> TokenBlocks:
+        strict = bool(config.mix)
+        docs = open_source(source, seed=seed, held_out=held_out, part=part, strict=strict)
+        return TokenBlocks(tokenizer, docs, config.length, config.packed)
+
+    if not config.mix: return blocks(config)
+    weights = [one.weight for one in config.mix]
+    # another seed than that of a mixture with books
+    return Mixture([blocks(one) for one in config.mix], weights, seed + 1_000_003, part)
 
 
 def text(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed: int = 0,
@@ -267,7 +287,7 @@ def text(tokenizer: Any, source: str | Path | list[str] = "stories", *, seed: in
     """Token blocks `{"input_ids": (length,)}` of stories, local files or a hub dataset.
 
     `settings` are those of `TextConfig`: `length` (512), `packed`, and where the documents are.
-    With `shards` or `workers` the stream is an `Ahead`, else `TokenBlocks` of a `part` of all.
+    With `shards` or `workers` the stream is an `Ahead`, else it has a `part` of all documents.
     Documents that are held out for evaluation are left out, unless `held_out` asks for them (True)
     or for everything (None). Raises `ValueError` for settings and sources that cannot work."""
     config = TextConfig.make({"source": source}, **settings)

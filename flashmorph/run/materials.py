@@ -122,6 +122,7 @@ def table_facts(recipe: Recipe, *names: str) -> Facts:
     facts: Facts = {}
     for name in names:
         settings = asdict(recipe[name])
+        for one in settings.get("mix", ()): del one["source"]
         facts.update({f"{name}.{key}": v for key, v in settings.items() if key not in ignored})
     return facts
 

@@ -24,7 +24,7 @@ def absolute(name: str) -> str:
 def named_paths(recipe: Recipe) -> list[str]:
     "The names of teacher and texts, each perhaps a path."
     names = [recipe.teacher]
-    for table in (recipe.text, recipe.passkeys, recipe.evaluate):
+    for table in (recipe.text, *recipe.text.mix, recipe.passkeys, recipe.evaluate):
         names += [table.source] if isinstance(table.source, str) else table.source
     return names
 
@@ -32,8 +32,10 @@ def named_paths(recipe: Recipe) -> list[str]:
 def with_absolute_source(table: Any) -> Any:
     "A table with the paths of its texts from the root."
     source = table.source
-    if isinstance(source, str): return replace(table, source=absolute(source))
-    return replace(table, source=tuple(map(absolute, source)))
+    changed: Any = absolute(source) if isinstance(source, str) else tuple(map(absolute, source))
+    mix = getattr(table, "mix", ())
+    more = {"mix": tuple(map(with_absolute_source, mix))} if mix else {}
+    return replace(table, source=changed, **more)
 
 # %% ../../nbs/802_run.paths.ipynb #04e81b4e
 def with_absolute_paths(recipe: Recipe) -> Recipe:

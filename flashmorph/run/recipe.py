@@ -52,16 +52,16 @@ TABLES: dict[str, type[Settings]] = {
 COMPARE = ("all_linear", "uniform")
 SIZES = ("length", "keys", "words_per_key")
 ROWS = {"align": "text", "gates": "passkeys", "distill": "text", "finetune": "passkeys"}
-WHERE = ("split", "subset", "column", "sample_by")
+WHERE = ("split", "subset", "column", "sample_by", "mix")
 
 # %% ../../nbs/800_run.recipe.ipynb #7ccc7b5b
-def inherited(table: Any, source: Settings, sizes: Settings | None = None) -> Any:
+def inherited(table: Any, source: TextConfig, sizes: Settings | None = None) -> Any:
     "A table with the settings that it leaves to the tables before."
     if not isinstance(table, Mapping): return table
     # column, split and subset belong to a source, and go with it
     names = [] if "source" in table else SourceConfig.setting_names()
-    if sizes is None: names += ["shards", "workers"]
-    more = {name: source[name] for name in names}
+    more = {name: source.main[name] for name in names}
+    if sizes is None: more |= {name: source[name] for name in ("shards", "workers")}
     if sizes is not None: more |= {name: sizes[name] for name in SIZES}
     return {**more, **table}
 
@@ -264,6 +264,7 @@ def toml_values(settings: Settings) -> dict[str, Any]:
         if value is None and field.default is None: continue
         if field.name == "seed" and settings.table: continue       # the recipe has one for all
         if isinstance(value, Settings): value = toml_values(value)
+        if field.name == "mix": value = [toml_values(one) for one in value]
         values[field.name] = "none" if value is None else value
     return values
 

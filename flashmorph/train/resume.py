@@ -43,7 +43,8 @@ def facts_of(config: Settings, stage: str, **more: Any) -> dict[str, Any]:
 
 # %% ../../nbs/400_train.resume.ipynb #a04fe902
 # what stages did before they had the setting
-EARLIER = {"optimizer": "adamw", "packed": False, "shards": 1, "min_length": None, "group": 8}
+EARLIER = {"optimizer": "adamw", "packed": False, "shards": 1, "min_length": None, "group": 8,
+           "mix": []}
 
 
 def as_earlier(facts: Mapping[str, Any]) -> dict[str, Any]:
