@@ -4,7 +4,7 @@
 
 # %% ../nbs/000_store.ipynb #ab88c5da
 from __future__ import annotations
-import contextlib, difflib, hashlib, json, os, re, secrets
+import contextlib, difflib, hashlib, json, os, re, secrets, shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['NOFOLLOW', 'META', 'sync', 'write_aside', 'read_json', 'Damaged', 'read_tensors', 'check_tensors', 'load_strict',
            'read_event', 'write_lines', 'read_lines', 'mend', 'append_line', 'EventLog', 'checksum', 'bytes_of',
-           'checkpoint_files', 'read_meta', 'Checkpoints', 'nearest']
+           'checkpoint_files', 'read_meta', 'remove', 'Checkpoints', 'nearest']
 
 # %% ../nbs/000_store.ipynb #66623e75
 NOFOLLOW: int = getattr(os, "O_NOFOLLOW", 0)          # Windows has no such flag
@@ -227,8 +227,8 @@ def bytes_of(value: Any) -> Tensor:
 def checkpoint_files(folder: Path) -> list[Path]:
     "The checkpoints in a folder, oldest first. Raises `ValueError` for links."
     found: dict[int, Path] = {}
-    for path in folder.glob("step-*.safetensors"):
-        match = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
+    for path in folder.glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)\.(safetensors|shards)", path.name)
         if match: found[int(match[1])] = path
     for path in (folder, *found.values()):
         if path.is_symlink(): raise ValueError(f"{path} is a link: move it out of the run")
@@ -252,8 +252,16 @@ def read_meta(
         raise Damaged(f"checkpoint {path} is damaged ({error!r})") from error
 
 # %% ../nbs/000_store.ipynb #3d2a33f2
+def remove(path: Path) -> None:
+    "Delete a file, a link, or a folder with all that is in it."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink()
+
+
 class Checkpoints:
-    "The checkpoints of a stage, `step-00000100.safetensors` and so on; the newest `keep` stay."
+    """The checkpoints of a stage, `step-00000100.safetensors` and so on; the newest `keep` stay.
+
+    Several processes write folders, `step-00000100.shards` (see `flashmorph.train.pieces`)."""
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder, self.keep = Path(folder), keep
 
@@ -274,8 +282,8 @@ class Checkpoints:
 
     def clean(self, keep: int | None = None) -> None:
         "Remove all but the newest checkpoints, and what a killed process left half written."
-        for path in self.paths()[:-(keep or self.keep)]: path.unlink()
-        for path in self.folder.glob(".*"): path.unlink()
+        for path in self.paths()[:-(keep or self.keep)]: remove(path)
+        for path in self.folder.glob(".*"): remove(path)
 
     @staticmethod
     def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -97,9 +97,8 @@ def test_unknown_names_are_one_line():
 def test_tokens_for_steps(monkeypatch):
     text = {"text": {"length": 100}, "align": {"tokens": "1K", "batch_size": 3}}
     assert Recipe(**text).align.steps == 4                      # 4 * 3 rows of 100 reach 1,000
-    with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "4")
-        assert Recipe(**text).align.steps == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")                       # processes share the rows of a step
+    assert Recipe(**text).align.steps == 4
     for wrong in ("10 Mio", -1, True, "1e6x", 0.5, float("nan"), float("inf"), 10**40, [1]):
         with pytest.raises(ValueError, match=r"align\.(tokens|steps): expected"):
             Recipe(align={"tokens": wrong})

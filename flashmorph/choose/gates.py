@@ -5,7 +5,7 @@
 # %% ../../nbs/620_choose.gates.ipynb #a1a3566a
 from __future__ import annotations
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,15 @@ class GateObjective(Objective):
 LAMBDA = {"raw": 0.1, "relative": 0.01}
 
 
-def layer_error(mixed: Tensor, teacher: Tensor, align: str) -> Tensor:
-    "Mean squared error of one layer over the N positions, for outputs `(N, D)`."
+def layer_error(
+    mixed: Tensor, teacher: Tensor, align: str, mean: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Mean squared error of one layer over the N positions, for outputs `(N, D)`.
+
+    The energy that a relative error is a share of is the `mean` over all processes."""
     error = (mixed.float() - teacher.float()).pow(2).sum(-1).mean()
     if align == "raw": return error
-    return error / teacher.float().pow(2).sum(-1).mean().clamp_min(1e-12)
+    return error / mean(teacher.float().pow(2).sum(-1).mean()).clamp_min(1e-12)
 
 # %% ../../nbs/620_choose.gates.ipynb #ea94eaf6
 class PriceObjective(GateObjective):
@@ -87,15 +91,20 @@ class PriceObjective(GateObjective):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         inputs = model_inputs(batch)
         where = answer_positions(batch)
+        share, usual = self.share("answers"), self.usual_share("answers")
+
+        def mean(energy: Tensor) -> Tensor: return self.together.mean(energy * (share / usual))
         # the teacher's outputs, then those of the mix
         with torch.no_grad(), self.model.full_pass(), self.model.record(where) as teacher:
             self.model.hidden(**inputs)
-        with self.model.record(where) as mixed: self.model.hidden(**inputs)
-        errors = [layer_error(m, t, self.align) for m, t in zip(mixed, teacher, strict=True)]
+        with self.model.record(where) as mixed: last = self.model.hidden(**inputs)
+        errors = [layer_error(m, t, self.align, mean) for m, t in zip(mixed, teacher, strict=True)]
         align = torch.stack(errors).mean()
         reg = torch.stack([layer.alpha for layer in self.model.layers]).sum()
-        loss = align * self.share("answers") + self.lam * reg
-        return loss, {"align": align.item(), "reg": reg.item()}
+        loss = align * share + self.lam * reg
+        # shards come together for the backward pass where a gradient enters a block by its output
+        if self.together.world > 1: loss = loss + 0 * last[0, 0, 0]
+        return loss, {"align": mean(align.detach()).item(), "reg": reg.item()}
 
 # %% ../../nbs/620_choose.gates.ipynb #b278d67f
 class AnswerObjective(GateObjective):

@@ -246,7 +246,7 @@ register_selector("ar-multihop", Scoring)(by_silence)
 # %% ../../nbs/670_choose.scores.ipynb #b72412c6
 def batch_errors(model: MorphableModel, batch: Mapping[str, Tensor], relative: bool) -> list[float]:
     "The error of each linear branch on the teacher's inputs, times the rows of the batch."
-    inputs = {name: x.to(model.device) for name, x in model_inputs(batch).items()}
+    inputs: dict[str, Any] = {k: x.to(model.device) for k, x in model_inputs(batch).items()}
     with torch.no_grad(): losses = model.alignment_losses(**inputs, relative=relative)
     return (len(inputs["input_ids"]) * losses).tolist()
 

@@ -250,10 +250,12 @@ def branch_error(
     target: Tensor,  # of the full branch, (B, T, D)
     valid: Tensor | None,  # (B, T), true on real tokens; `None`: all are
     relative: bool,  # divide by the energy of the target
+    mean: Callable[[Tensor], Tensor] = lambda x: x,  # of a number over all processes
 ) -> Tensor:  # a float32 number
     """Mean over valid tokens of `||output - target||^2`.
 
-    `relative`: the sum of these, divided by the sum of `||target||^2`."""
+    `relative`: the sum of these, divided by the sum of `||target||^2`, of all processes' tokens if
+    `mean` is given."""
     output, target = output.float(), target.float()
 
     def total(x: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ def branch_error(
         return squares.sum() if valid is None else torch.where(valid, squares, 0).sum()
 
     error = total(output - target)
-    if relative: return error / total(target).clamp(min=1e-30)
+    if relative: return error / mean(total(target)).clamp(min=1e-30)
     return error / (target[..., 0].numel() if valid is None else valid.sum().clamp(min=1))
 
 # %% ../../nbs/350_model.branches.ipynb #a7a5fd17

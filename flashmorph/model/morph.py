@@ -5,7 +5,7 @@
 # %% ../../nbs/360_model.morph.ipynb #cf0b4dfb
 from __future__ import annotations
 import contextlib, copy, os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 import torch
 from safetensors.torch import save_file
@@ -93,6 +93,7 @@ def alignment_losses(
     attention_mask: Tensor | None = None,  # (B, T), 1 on real tokens
     relative: bool = False,  # as shares of the energy of the full branch
     position_ids: Tensor | None = None,  # (B, T), which start again at each document of a row
+    mean: Callable[[Tensor], Tensor] = lambda x: x,  # of a number over all processes that share a batch
 ) -> Tensor:  # (L,), float32
     """How far each linear branch is from its full branch on the teacher's own inputs.
 
@@ -107,7 +108,7 @@ def alignment_losses(
     def compare(layer: MorphLayer, args: tuple, kwargs: dict, output: tuple) -> None:
         with torch.set_grad_enabled(grad):
             linear = layer.linear(*args, **kwargs)[0]
-            loss = branch_error(linear, output[0], valid, relative)
+            loss = branch_error(linear, output[0], valid, relative, mean)
             own = list(layer.linear.parameters())
             losses.append(finish(loss, own) if loss.requires_grad else loss)
 

@@ -18,7 +18,7 @@ from ..settings import setting, takes
 from .fit import fit
 from .least_squares import least_squares, linear_layers
 from flashmorph.train.objective import (
-    MOST, Callback, FitConfig, FitResult, Objective, Total, flags_kept, stage_settings,
+    MOST, Callback, FitConfig, FitResult, Objective, flags_kept, stage_settings,
 )
 
 # %% auto #0
@@ -109,9 +109,9 @@ class AlignObjective(Objective):
     def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
         return {"tokens": int(real_tokens(batch).sum())}
 
-    def begin(self, batches: Iterator[dict[str, Tensor]], total: Total) -> dict[str, Any] | None:
+    def begin(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any] | None:
         if not self.start_tokens: return None
-        found = least_squares(self.model, batches, self.start_tokens, total,
+        found = least_squares(self.model, batches, self.start_tokens, self.together,
                               self.pick_decays)
         return {"loss": sum(found["layers"]) / len(found["layers"]), **found}
 
@@ -123,9 +123,13 @@ class AlignObjective(Objective):
         return MuonAdamW(*parts, config.lr, config.betas, config.weight_decay)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        losses = self.model.alignment_losses(**model_inputs(batch), relative=self.relative)
-        layers = [round(loss, 6) for loss in losses.tolist()]
-        return losses.mean() * self.share("tokens"), {"layers": layers}
+        losses = self.model.alignment_losses(
+            **model_inputs(batch), relative=self.relative, mean=self.together.mean)
+        share, usual = self.share("tokens"), self.usual_share("tokens")
+        # relative errors are shares of the energy of all processes
+        if self.relative: share = usual
+        layers = self.together.mean(losses.detach() * (share / usual)).tolist()
+        return losses.mean() * share, {"layers": [round(loss, 6) for loss in layers]}
 
     def frozen(self) -> dict[str, Tensor]:
         "The teacher's weights; the gates play no part."

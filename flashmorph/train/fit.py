@@ -9,171 +9,65 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from ..data.batches import Batches
-from ..model.recompute import recomputing
-from ..ops.meter import PeakMemory
-from ..results import amount
 from ..folder import Run, plain_name
-from ..store import Checkpoints, load_strict, sync
-from .extend import settle
+from ..model.recompute import recomputing
+from ..results import amount
 from .objective import Callback, FitConfig, FitResult, Objective
-from .precision import accelerator, promote, what_trains
+from .precision import what_trains
+from .shard import Worker, worker_of
+from .state import State, all_facts, fresh, restore, restore_optimizer, save
 from .stop import graceful_stop, memory_advice
-from flashmorph.train.resume import (
-    Trace, check_events, check_finite, facts_of, fingerprint, load_optimizer, optimizer_tensors,
-)
 
 # %% auto #0
-__all__ = ['all_facts', 'State', 'metadata', 'restore', 'fresh', 'on_device', 'micro_batches', 'one_step', 'tell', 'begin',
-           'train', 'fit']
-
-# %% ../../nbs/440_train.fit.ipynb #f22001ce
-def all_facts(
-    objective: Objective, data: Any, config: FitConfig, stage: str, facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    "What a resumed training must share: settings, frozen weights, data, the caller's `facts`."
-    known = {"frozen weights": fingerprint(objective.frozen())}
-    if hasattr(data, "fingerprint"): known["data"] = data.fingerprint()
-    return facts_of(config, stage, **{**known, **facts})
-
-# %% ../../nbs/440_train.fit.ipynb #75cab2ea
-class State:
-    "What one call of `fit` saves, restores and reports."
-    def __init__(
-        self, objective: Objective, data: Any, config: FitConfig, stage: str, run: Run | None
-    ):
-        self.objective, self.given = objective, config
-        self.config = config = config.complete()
-        self.stage, self.run = stage, run
-        acc = self.acc = accelerator(config, objective)
-        self.writes = run is not None and self.acc.is_main_process
-        self.parameters = objective.trainable()
-        if not self.parameters:
-            raise ValueError(f"stage {stage!r}: nothing to train, no parameter has requires_grad")
-        promote(self.parameters.values())
-        self.batches = Batches(data, config.batch_size, acc.process_index, acc.num_processes)
-        self.facts: dict[str, Any] = {}
-        self.checkpoints = run.checkpoints(stage, config.keep) if run else None
-        self.step, self.tokens = 0, 0
-        self.seconds, self.notice = 0.0, ""
-        self.memory, self.peak_memory = PeakMemory(self.acc.device), 0
-        self.events: list[dict[str, Any]] = []
-        self.trace = Trace()
-        self.last: Path | None = None
-
-    def record(self, event: dict[str, Any]) -> None:
-        "Keep the event of a step."
-        self.events.append(event)
-        self.trace.add(event)
-        self.peak_memory = max(self.peak_memory, self.memory())
-        if self.writes and self.run: self.run.log.append(event)
-
-    def save(self, optimizer: Any = None) -> None:
-        """Write a checkpoint; without an optimizer it is the last one of the stage.
-
-        Raises `FloatingPointError` if a weight is not finite."""
-        where = f"stage {self.stage!r}, step {self.step}"
-        check_finite(self.parameters, where)
-        position = self.batches.state_dict() if self.run else {}       # on all ranks at once
-        if not (self.writes and self.run and self.checkpoints): return
-        # the log must reach the disk before the checkpoint that counts on its events
-        self.run.check_intact()
-        sync(self.run.log.path)
-        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
-        if optimizer is not None: tensors |= optimizer_tensors(optimizer, self.parameters)
-        self.last = self.checkpoints.save(self.step, tensors, metadata(self, position))
-
-    def result(self) -> FitResult:
-        taken = self.tokens, self.seconds
-        return FitResult(self.stage, self.step, *taken, self.events, self.peak_memory)
-
-# %% ../../nbs/440_train.fit.ipynb #378282fb
-def metadata(state: State, position: dict[str, Any]) -> dict[str, Any]:
-    "What a checkpoint holds beside its tensors; `position` is that in the data."
-    return {
-        "edition": 2, "settings": state.facts, "data": position,
-        "tokens": state.tokens, "seconds": state.seconds, "events": state.trace.digest(),
-        "peak_memory": state.peak_memory,
-    }
-
-# %% ../../nbs/440_train.fit.ipynb #8c7d3885
-def restore(state: State) -> dict[str, Tensor]:
-    """Load the newest checkpoint, if there is one, into the weights and the position in the data.
-
-    Returns its tensors, for the optimizer. Raises `ValueError` if anything does not fit."""
-    paths = state.checkpoints.paths() if state.checkpoints else []
-    if not paths or state.run is None: return fresh(state)
-    path = paths[-1]
-    tensors, meta = Checkpoints.read(path)
-    settle(state, path, tensors, meta)
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    load_strict(f"checkpoint {path}", weights, state.parameters)
-    # the events up to the checkpoint, and no others
-    log, step = state.run.log, meta["step"]
-    events = [event for event in log.stage(state.stage) if event["step"] <= step]
-    check_events(log.path, state.stage, events, step, meta.get("events"))
-    if state.writes: log.rewind(state.stage, step)
-    state.events, state.trace = events, Trace(events)
-    state.step, state.tokens = step, meta["tokens"]
-    state.seconds, state.last = meta["seconds"], path
-    state.peak_memory = meta.get("peak_memory", 0)
-    if step < state.config.steps: state.batches.load_state_dict(meta["data"])
-    elif state.writes and state.checkpoints: state.checkpoints.clean(1)
-    return tensors
-
-# %% ../../nbs/440_train.fit.ipynb #1426a601
-def fresh(state: State) -> dict[str, Tensor]:
-    "Forget what an earlier training left of this stage; there is nothing to load."
-    if state.writes and state.run and state.checkpoints:
-        for path in state.checkpoints.paths(): path.unlink()
-        state.run.log.rewind(state.stage, -1)
-    return {}
+__all__ = ['on_device', 'micro_batches', 'gradients', 'one_step', 'tell', 'first_batches', 'begin', 'train', 'fit']
 
 # %% ../../nbs/440_train.fit.ipynb #7818e30d
 def on_device(state: State, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "A batch on the device of the training; its tokens are counted."
     ids = batch.get("input_ids")
-    state.tokens += 0 if ids is None else ids.numel() * state.acc.num_processes
+    state.tokens += 0 if ids is None else ids.numel() * state.together.world
     return {key: value.to(state.acc.device) for key, value in batch.items()}
 
 
-def micro_batches(state: State) -> Iterator[dict[str, Tensor]]:
+def micro_batches(state: State, objective: Objective) -> Iterator[dict[str, Tensor]]:
     "The batches of one step, on the device; sets the `shares` of the objective for each."
-    objective, acc = state.objective, state.acc
-    batches = [state.batches.next() for _ in range(state.config.accumulate)]
+    batches = [state.batches.next() for _ in range(state.times)]
     for batch in batches: objective.check(batch)
     counts = [objective.counts(batch) for batch in batches]
     # the mean count of a batch, over this step and all processes
     means = {}
     for name in counts[0]:
-        means[name] = sum(count[name] for count in counts) / len(counts)
-        if acc.num_processes > 1:
-            here = torch.tensor(means[name], dtype=torch.float64, device=acc.device)
-            means[name] = float(acc.reduce(here, "mean"))
+        mean = sum(count[name] for count in counts) / len(counts)
+        means[name] = float(state.together.mean(torch.tensor(mean, dtype=torch.float64)))
     for batch, count in zip(batches, counts):
         objective.shares = {name: count[name] / mean for name, mean in means.items() if mean}
         yield on_device(state, batch)
 
 # %% ../../nbs/440_train.fit.ipynb #b2a0ecee
-def one_step(state: State, module: nn.Module, optimizer: Any) -> dict[str, Any]:
+def gradients(state: State, worker: Worker) -> tuple[float, dict[str, Any]]:
+    "The backward passes of a step. Returns the loss, over all processes, and numbers to log."
+    objective, total = worker.objective, 0.0
+    metrics: dict[str, Any] = {}
+    for batch in micro_batches(state, objective):
+        with state.acc.autocast(): loss, metrics = objective(batch)
+        (loss / state.times).backward()
+        total += state.together.mean(loss.detach()).item() / state.times
+    worker.reduce()
+    return total, metrics
+
+
+def one_step(state: State, worker: Worker, optimizer: Any) -> dict[str, Any]:
     """One optimizer step; returns its event.
 
     Raises `FloatingPointError` before anything is changed if a number is not finite."""
-    c, acc = state.config, state.acc
-    torch.manual_seed((c.seed * 1_000_003 + state.step) * 4096 + acc.process_index)
+    c = state.config
+    torch.manual_seed((c.seed * 1_000_003 + state.step) * 4096 + state.together.rank)
     rate = c.lr_at(state.step)
     for group in optimizer.param_groups: group["lr"] = rate
-    total = 0.0
-    metrics: dict[str, Any] = {}
-    for batch in micro_batches(state):
-        with acc.accumulate(module):
-            loss, metrics = module(batch)
-            acc.backward(loss)
-        total += acc.reduce(loss.detach(), "mean").item() / c.accumulate
-    largest = float("inf") if c.clip is None else c.clip
-    norm = float(acc.clip_grad_norm_(list(state.parameters.values()), largest))
+    total, metrics = gradients(state, worker)
+    norm = worker.clip(float("inf") if c.clip is None else c.clip)
     if not (math.isfinite(total) and math.isfinite(norm)):
         optimizer.zero_grad()
         kept = f"the last good checkpoint is {state.last}" if state.last else "none was saved yet"
@@ -183,7 +77,7 @@ def one_step(state: State, module: nn.Module, optimizer: Any) -> dict[str, Any]:
     optimizer.zero_grad()
     state.step += 1
     known = {"stage": state.stage, "step": state.step, "loss": total, "lr": rate, "grad_norm": norm}
-    return {**known, **metrics, **state.objective.project()}
+    return {**known, **metrics, **worker.objective.project()}
 
 # %% ../../nbs/440_train.fit.ipynb #74641b2d
 def tell(state: State, callbacks: list[Callback], event: dict[str, Any]) -> None:
@@ -193,51 +87,51 @@ def tell(state: State, callbacks: list[Callback], event: dict[str, Any]) -> None
         callback.step(event)
 
 
+def first_batches(state: State, progress: bool) -> Iterator[dict[str, Tensor]]:
+    "The rows of one pass over the data, for what comes before the first step."
+    options: dict[str, Any] = {"desc": f"{state.stage}, start", "unit": "batch", "leave": False}
+    shown = progress and state.together.rank == 0
+    # whole models are on the device for the start only
+    state.objective.to(state.acc.device)
+    with tqdm(**options, disable=not shown) as bar:
+        while not state.batches.passes:                     # rows count once
+            batch = state.batches.next()
+            state.objective.check(batch)
+            bar.update()
+            yield on_device(state, batch)
+
+
 def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
     "Let the objective do what it does before the first step, and keep the result as step 0."
-    objective, acc = state.objective, state.acc
-    options: dict[str, Any] = {"desc": f"{state.stage}, start", "unit": "batch", "leave": False}
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        with tqdm(**options, disable=not (progress and acc.is_local_main_process)) as bar:
-            while not state.batches.passes:                     # rows count once
-                batch = state.batches.next()
-                objective.check(batch)
-                bar.update()
-                yield on_device(state, batch)
-
-    def total(x: Tensor) -> Tensor:
-        if acc.num_processes == 1: return x
-        return acc.reduce(x.to(acc.device), "sum").to(x.device)
-
+    objective = state.objective
+    home = next(objective.parameters()).device
     began = time.perf_counter()
-    with acc.autocast(): found = objective.begin(batches(), total)
+    with state.acc.autocast(): found = objective.begin(first_batches(state, progress))
+    objective.to(home)
     if found is None: return
     state.seconds = time.perf_counter() - began
     event = {"stage": state.stage, "step": 0, **found}
     state.record(event)
     tell(state, callbacks, event)
-    state.save()
+    save(state, Worker(objective))
 
 # %% ../../nbs/440_train.fit.ipynb #6b120f52
-def train(
-    state: State, tensors: dict[str, Tensor], callbacks: list[Callback], progress: bool
-) -> None:
-    "Take the steps that are left, from the optimizer's `tensors` of a checkpoint if there are any."
-    c, acc = state.config, state.acc
-    optimizer: Any = state.objective.optimizer(state.parameters.values(), c)
-    load_optimizer(optimizer, state.parameters, tensors)
-    module, optimizer = acc.prepare(state.objective, optimizer)
+def train(state: State, callbacks: list[Callback], progress: bool) -> None:
+    "Take the steps that are left, from the optimizer of a checkpoint if there is one."
+    c, together = state.config, state.together
+    worker = worker_of(state.objective, together)
+    optimizer: Any = worker.objective.optimizer(worker.parameters.values(), c)
+    restore_optimizer(state, worker, optimizer)
     bar = tqdm(total=c.steps, initial=state.step, desc=state.stage, unit="step", leave=False,
-               disable=not (progress and acc.is_local_main_process))
+               disable=not (progress and together.rank == 0))
     if not bar.disable:
         line = what_trains(state.parameters, state.objective.frozen())
-        bar.write(f"{state.notice}{state.stage} {line}")
+        bar.write(f"{state.stage} {line}")
     with bar, graceful_stop() as stopped:
         began = time.perf_counter() - state.seconds
         first = state.tokens
         while state.step < c.steps:
-            event = one_step(state, module, optimizer)
+            event = one_step(state, worker, optimizer)
             state.seconds = time.perf_counter() - began
             state.record(event)
             tell(state, callbacks, event)
@@ -246,13 +140,15 @@ def train(
             shown = {"loss": f"{event['loss']:.4g}", "tokens_s": f"{rate:,.0f}"}
             shown[state.memory.name] = amount(state.peak_memory, "bytes")
             bar.set_postfix(shown, refresh=False)
-            if state.step == c.steps: state.save(optimizer if c.extendable else None)
-            elif state.step % c.save_every == 0 or stopped(): state.save(optimizer)
-            if stopped():
+            # a finished stage keeps its weights only
+            stop = together.any(stopped())
+            if state.step == c.steps: save(state, worker)
+            elif state.step % c.save_every == 0 or stop: save(state, worker, optimizer)
+            if stop:
                 hint = f"; resume from {state.last}" if state.last else ""
                 raise KeyboardInterrupt(f"stage {state.stage!r} stopped at step {state.step}{hint}")
     if state.writes and state.checkpoints: state.checkpoints.clean(1)
-    acc.wait_for_everyone()
+    together.wait()
 
 # %% ../../nbs/440_train.fit.ipynb #34dab785
 def fit(
@@ -271,8 +167,8 @@ def fit(
 
     With a `run`, events go to its `log.jsonl` and checkpoints to `checkpoints/<stage>/` in it;
     `resume=True` goes on from the newest checkpoint, bit for bit on a CPU (a finished stage is
-    only loaded). Settings but for more `steps`, frozen weights, `data.fingerprint()` where there is
-    one, and `facts` are as in the checkpoint. Weights that train are float32 from then on.
+    only loaded). Settings, frozen weights, `data.fingerprint()` where there is one, and `facts`
+    are compared with those of the checkpoint. Weights that train are float32 from then on.
 
     Raises `FloatingPointError` on a loss or a weight that is not finite, `ValueError` on a
     checkpoint, a log or rows that do not fit and if another process uses the run, `OSError` if
@@ -280,19 +176,19 @@ def fit(
     the last checkpoint stays."""
     again = recomputing(objective) if config.recompute else contextlib.nullcontext()
     place = None if run is None else Run(run)
-    state = State(objective, data, config, plain_name(stage), place)
-    heard = list(callbacks) if state.acc.is_main_process else []
+    state = State(objective, data, config.complete(), plain_name(stage), place)
+    heard = list(callbacks) if state.together.rank == 0 else []
     with again, place.lock() if place and state.writes else contextlib.nullcontext():
         if place:
             if state.writes: place.start()
             state.facts = all_facts(objective, data, state.config, stage, facts or {})
-        tensors = restore(state) if resume else fresh(state)
+        (restore if resume else fresh)(state)
         try:
             for callback in heard: callback.start(stage, state.config, state.events)
             with memory_advice(stage):
-                objective.to(state.acc.device)
+                if state.together.world == 1: objective.to(state.acc.device)
                 if state.last is None: begin(state, heard, progress)
-                if state.step < config.steps: train(state, tensors, heard, progress)
+                if state.step < config.steps: train(state, heard, progress)
         except BaseException as error:
             for callback in heard: callback.stop(f"{type(error).__name__}: {error}")
             raise

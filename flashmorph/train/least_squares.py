@@ -16,7 +16,7 @@ from ..data.batches import first_rows, model_inputs, real_tokens
 from ..model.branches import MorphLayer, after_each
 from ..model.layers import LinearAttention
 from ..model.morph import MorphableModel, full_pass
-from .objective import Total
+from .together import ALONE, Together
 
 # %% auto #0
 __all__ = ['RIDGES', 'DECAYS', 'CLEARLY', 'HELD_OUT', 'PICK_TOKENS', 'Moments', 'added', 'best_multiple', 'ridge_solution',
@@ -196,9 +196,7 @@ def best_decays(errors: Tensor) -> list[float] | None:
     return [DECAYS[i] for i in chosen.tolist()]
 
 # %% ../../nbs/450_train.least_squares.ipynb #0ad86048
-def pick_decays(
-    model: MorphableModel, batch: dict[str, Tensor], total: Total = lambda x: x
-) -> list[list[float] | None]:
+def pick_decays(model: MorphableModel, batch: dict[str, Tensor]) -> list[list[float] | None]:
     """Give the heads of each layer whose mixer `takes_decays` the decays that they do best with.
 
     Returns the decays of the L layers, None where a layer keeps what it had. Raises `ValueError` as
@@ -214,7 +212,7 @@ def pick_decays(
         model.hidden(**model_inputs(batch))
     picked: list[list[float] | None] = [None] * model.num_layers
     for index, tried in errors.items():
-        decays = picked[index] = best_decays(total(tried))
+        decays = picked[index] = best_decays(tried)
         mixer = model.layers[index].linear.mixer
         if decays: mixer.set_decays(tried.new_tensor(decays).expand(mixer.dims.num_heads))
     return picked
@@ -249,11 +247,11 @@ HELD_OUT = 6
 PICK_TOKENS = 4_096
 
 def gather(
-    model: MorphableModel, batches: Iterator[dict[str, Tensor]], tokens: int, total: Total
+    model: MorphableModel, batches: Iterator[dict[str, Tensor]], tokens: int, together: Together
 ) -> Gatherer:
     "The moments of `tokens` tokens in `batches`, or a few more, summed over all processes."
     gatherer = Gatherer(model)
-    wanted = tokens / float(total(torch.ones(())))
+    wanted = tokens / together.world
     seen = 0.0
     for index, batch in enumerate(batches):
         gatherer.add(batch, held=index % HELD_OUT == 1)
@@ -262,7 +260,7 @@ def gather(
     # what the other processes have read
     for pair in gatherer.moments.values():
         for moments in pair:
-            moments.xx, moments.xy, moments.yy = [total(x) for x in moments.tensors()]
+            moments.xx, moments.xy, moments.yy = map(together.sum, moments.tensors())
     return gatherer
 
 # %% ../../nbs/450_train.least_squares.ipynb #61ae1bf2
@@ -271,7 +269,7 @@ def least_squares(
     model: MorphableModel,
     batches: Iterator[dict[str, Tensor]],  # on the device of the model
     tokens: int = 4_000,
-    total: Total = lambda x: x,  # sums a tensor over all processes
+    together: Together = ALONE,  # what all processes know
     decays: bool = True,  # also choose how fast each layer forgets, where its mixer takes that
 ) -> dict[str, list[Any]]:  # lists over L layers
     """Solve for the output projection of every linear branch, from about `tokens` tokens.
@@ -283,10 +281,10 @@ def least_squares(
     Raises `ValueError` if a branch does not end in a linear layer; nothing is changed then."""
     found: dict[str, list[Any]] = {"layers": [], "ridges": []}
     if decays and any(layer.linear.mixer.takes_decays for layer in model.layers):
-        first, rows = first_rows(batches, min(tokens, PICK_TOKENS))
-        found["decays"] = pick_decays(model, rows, total)
+        first, rows = first_rows(batches, min(tokens, PICK_TOKENS) // together.world)
+        found["decays"] = pick_decays(model, together.rows(rows))
         batches = chain(first, batches)
-    gatherer = gather(model, batches, tokens, total)
+    gatherer = gather(model, batches, tokens, together)
     for index, projection in gatherer.projections.items():
         fitted, held = gatherer.moments[index]
         every = added(fitted, held)

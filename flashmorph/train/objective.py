@@ -4,8 +4,8 @@
 
 # %% ../../nbs/410_train.objective.ipynb #5ff22c63
 from __future__ import annotations
-import contextlib, math, os, re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib, math, re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Self, TypeVar
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from ..model.parts import idle_parameters
 from ..settings import Settings, setting
+from .together import ALONE, Together
 
 # %% auto #0
-__all__ = ['MOST', 'C', 'COUNTS', 'Total', 'FitConfig', 'stage_settings', 'token_count', 'with_steps', 'Objective', 'flags_kept',
-           'thaw', 'FitResult', 'Callback']
+__all__ = ['MOST', 'C', 'COUNTS', 'FitConfig', 'stage_settings', 'token_count', 'with_steps', 'Objective', 'flags_kept', 'thaw',
+           'FitResult', 'Callback']
 
 # %% ../../nbs/410_train.objective.ipynb #ef3ab6ea
 MOST = 10**9            # more steps or rows than anybody waits for
@@ -26,7 +27,8 @@ MOST = 10**9            # more steps or rows than anybody waits for
 class FitConfig(Settings):
     """What the loop needs to know.
 
-    `steps` counts optimizer steps; a step sees `batch_size * accumulate` rows on every process."""
+    `steps` counts optimizer steps; a step sees `batch_size * accumulate` rows, which all processes
+    share. A process holds `batch_size` rows at once, or fewer."""
     steps: int = setting(low=0, high=MOST)
     batch_size: int = setting(8, low=1, high=10**6)
     lr: float = setting(1e-3, above=0, high=100)
@@ -41,7 +43,6 @@ class FitConfig(Settings):
     seed: int = setting(0, low=0, high=2**31 - 1)
     save_every: int = setting(100, low=1, high=MOST)            # steps between checkpoints
     keep: int = setting(2, low=1, high=MOST)                    # unfinished checkpoints kept
-    extendable: bool = False            # the last checkpoint has the optimizer, for more steps
 
     def complete(self) -> Self:
         "The settings with values for what was left open; here, nothing is left open."
@@ -88,17 +89,17 @@ def with_steps(kind: type[FitConfig], table: Mapping[str, Any], length: float) -
     rest = {key: value for key, value in table.items() if key != "tokens"}
     tokens = token_count(f"{kind.table}.tokens", table["tokens"])
     config = kind.make(rest, steps=1)
-    rows = config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    rows = config.batch_size * config.accumulate
     return {**rest, "steps": math.ceil(tokens / (rows * length))}
 
 # %% ../../nbs/410_train.objective.ipynb #daad6035
-Total = Callable[[Tensor], Tensor]
-
-
 class Objective(nn.Module):
-    "What a stage optimises: holds the models, and marks with `requires_grad` what trains."
-    shares: Mapping[str, float] = {}                            # set by the loop for each batch
-    any_length = True                   # may a training get more steps than it was begun with?
+    """What a stage optimises: holds the models, and marks with `requires_grad` what trains.
+
+    The loop sets `together`, what the processes of the training know, and for each batch `shares`.
+    """
+    together: Together = ALONE
+    shares: Mapping[str, float] = {}
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         "The loss (a scalar with gradient) and numbers to log."
@@ -111,11 +112,11 @@ class Objective(nn.Module):
         "The counts that means in the loss are taken over, by name: `{\"tokens\": 31}`."
         return {}
 
-    def begin(self, batches: Iterator[dict[str, Tensor]], total: Total) -> dict[str, Any] | None:
+    def begin(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any] | None:
         """Before the first step of a training: what can be done without gradients.
 
-        `batches` are on the device, and are not seen again; `total` sums a tensor over all
-        processes. Returns the event of step 0 (its `loss`, and numbers to log) or `None`."""
+        `batches` are on the device, this process's rows, and are not seen again. Returns the event
+        of step 0 (its `loss`, and numbers to log) or `None`."""
         return None
 
     def optimizer(
@@ -129,6 +130,10 @@ class Objective(nn.Module):
     def share(self, name: str) -> float:
         "How much a mean of this batch weighs; 1 if all batches of the step have the same count."
         return self.shares.get(name, 1.0)
+
+    def usual_share(self, name: str) -> float:
+        "The mean of `share` over all processes."
+        return float(self.together.mean(torch.tensor(self.share(name), dtype=torch.float64)))
 
     def project(self) -> dict[str, Any]:
         "After each step: put parameters back where they may be; returns numbers to log."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, json, math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..settings import Settings
 
 # %% auto #0
 __all__ = ['UNCOMPARED', 'BITS', 'EARLIER', 'fingerprint', 'facts_of', 'as_earlier', 'check_facts', 'Trace', 'check_events',
-           'is_number', 'optimizer_tensors', 'load_optimizer', 'check_finite']
+           'is_number', 'optimizer_tensors', 'load_optimizer', 'all_finite', 'check_finite']
 
 # %% ../../nbs/400_train.resume.ipynb #3a27d57e
 UNCOMPARED = ("keep", "save_every", "recompute", "workers", "extendable")    # change no result
@@ -133,9 +133,15 @@ def load_optimizer(
         optimizer.state[parameters[name]][key] = value.to(device)
 
 # %% ../../nbs/400_train.resume.ipynb #bff059ee
-def check_finite(parameters: Mapping[str, nn.Parameter], where: str) -> None:
+def all_finite(x: Tensor) -> bool: return bool(x.isfinite().all())
+
+
+def check_finite(
+    parameters: Mapping[str, nn.Parameter], where: str,
+    finite: Callable[[Tensor], bool] = all_finite,
+) -> None:
     "Raise `FloatingPointError` if a weight is no number any more."
-    bad = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    bad = [name for name, parameter in parameters.items() if not finite(parameter)]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise FloatingPointError(f"{where}: {bad[0]}{more} is not finite. Try a lower lr or clip.")

@@ -1,0 +1,187 @@
+"""Stages on several processes (gloo, CPU): equal to one, in shards, resumed by another number."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch.multiprocessing import ProcessExitedException, start_processes
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import flashmorph as fm
+from flashmorph.train.together import rows_each
+
+STEPS, VOCAB = 20, 61
+TOL = 1e-5                      # of losses, and of all weights together: sums in another order
+COMMON = {"progress": False, "steps": STEPS, "batch_size": 8}
+
+
+def teacher(dtype=torch.float32, **sizes):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        initializer_range=0.2, **sizes,
+    )).to(dtype).eval()
+
+
+def books(count=8 * STEPS):
+    "Rows with padding and answers of unequal lengths, so that means weigh unequally."
+    random = torch.Generator().manual_seed(1)
+
+    def below(n): return int(torch.randint(0, n, (1,), generator=random))
+
+    def row():
+        ids = torch.randint(0, VOCAB, (24,), generator=random)
+        answers, mask = torch.zeros(24, dtype=torch.long), torch.ones(24, dtype=torch.long)
+        answers[12:13 + below(8)] = 1
+        mask[:below(6)] = 0
+        return {"input_ids": ids, "answers": answers, "attention_mask": mask}
+    return [row() for _ in range(count)]
+
+
+def weights(model):
+    "All weights in a row."
+    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
+
+
+def stages(all_kinds):
+    "Losses and weights of every stage, by name; perhaps with all kinds of losses and formats."
+    rows, found = books(), {}
+    adamw = {**COMMON, "optimizer": "adamw"}
+    for relative, start in ((False, "copy"), (True, "least-squares"))[0 if all_kinds else 1:]:
+        model = fm.morph(teacher(), "gdn(conv=4)")
+        result = fm.align(model, rows, start=start, start_tokens=600, relative=relative, **adamw)
+        found[f"align, {start}"] = (result.losses, weights(model))
+    for align in ("answers", "raw", "relative")[:3 if all_kinds else 1]:
+        gates = fm.train_gates(model, rows, align=align, **COMMON)
+        found[f"gates, {align}"] = (gates.losses, gates.trajectory)
+    for dtype in (torch.float32, torch.bfloat16)[:2 if all_kinds else 1]:
+        hybrid = fm.morph(teacher(dtype), "gdn").commit([1])
+        result = fm.distill(hybrid, teacher(dtype), rows, **COMMON)
+        found[f"distill, {dtype}"] = (result.losses, weights(hybrid))
+    hybrid = fm.morph(teacher(), "lightning").commit([0])
+    half = {**COMMON, "steps": STEPS // 2, "accumulate": 2}
+    result = fm.finetune(hybrid, rows, recompute=True, **half)
+    found["finetune, recompute, accumulate"] = (result.losses, weights(hybrid))
+    return found
+
+
+def in_process(rank, world, port, work, args):
+    "Call `work` as launchers do, in a process that knows nothing of trainings before the fork."
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", **where}
+    os.environ["ACCELERATE_USE_CPU"] = "1"
+    torch.set_num_threads(1)
+    work(*args)
+    torch.distributed.destroy_process_group()
+
+
+def processes(world, work, *args):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start_processes(in_process, (world, port, work, args), nprocs=world, start_method="fork")
+
+
+def rank(): return int(os.environ["RANK"])
+
+
+def write_stages(file, all_kinds):
+    found = stages(all_kinds)
+    if rank() == 0: torch.save(found, file)
+
+
+def far(a, b):
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def alone(): return stages(True)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_stages_equal_those_of_one_process(world, alone, tmp_path):
+    processes(world, write_stages, tmp_path / "found", world == 2)
+    found = torch.load(tmp_path / "found")
+    assert len(found) == (8 if world == 2 else 4)
+    for name in found:
+        losses, end = alone[name]
+        assert len(losses) >= STEPS // 2 and far(found[name][0], losses) < TOL, name
+        worst = max(abs(a - b) / abs(b) for a, b in zip(found[name][0], losses, strict=True))
+        # the first divergence is 6e-4 nats, a difference of float32 numbers near 1
+        assert worst < TOL or name == "gates, answers", (name, worst)
+        assert far(found[name][1], end) < TOL, name
+
+
+class Killing:
+    "Rows, of which one kills the process that comes to it, if it is the second process."
+    def __init__(self, at): self.rows, self.at = books(), at
+
+    def __iter__(self):
+        for i, row in enumerate(self.rows):
+            if i == self.at and os.environ.get("RANK") == "1": os.kill(os.getpid(), signal.SIGKILL)
+            yield row
+
+
+def repair(folder, at=None):
+    hybrid = fm.morph(teacher(), "gdn").commit([1])
+    settings = {**COMMON, "run": folder, "resume": True, "save_every": 4}
+    result = fm.distill(hybrid, teacher(), Killing(at), **settings)
+    return result.losses, weights(hybrid)
+
+
+def test_killed_and_resumed_by_another_number_of_processes(tmp_path):
+    losses, end = repair(tmp_path / "straight")
+    run = fm.Run(tmp_path / "run")
+    for at, last in ((8 * 9, 8), (8 * 17, 16)):
+        with pytest.raises(ProcessExitedException, match="SIGKILL"): processes(2, repair, run, at)
+        paths = run.checkpoints("distill").paths()
+        assert paths[-1].name == f"step-{last:08d}.shards"
+    resumed, weights_then = repair(run)
+    assert [p.name for p in run.checkpoints("distill").paths()] == [f"step-{STEPS:08d}.safetensors"]
+    assert far(resumed, losses) < TOL and far(weights_then, end) < TOL
+    # and from one process to three
+    other = fm.Run(tmp_path / "other")
+
+    class PowerCut(fm.Callback):
+        def step(self, event):
+            if event["step"] == 9: raise RuntimeError("power cut")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fm.distill(fm.morph(teacher(), "gdn").commit([1]), teacher(), books(), run=other,
+                   save_every=4, callbacks=[PowerCut()], **COMMON)
+    processes(4, repair, other)
+    assert far([event["loss"] for event in other.log], losses) < TOL
+
+
+
+def note_rows(folder):
+    "Write the numbers of the rows that this process computes with."
+    from flashmorph.train import distill as chapter
+    forward, seen = chapter.NextTokenObjective.forward, []
+
+    def noting(self, batch):
+        seen.extend(batch["input_ids"][:, 0].tolist())
+        return forward(self, batch)
+    chapter.NextTokenObjective.forward = noting
+    rows = [{"input_ids": torch.tensor([i, 1, 2, 3])} for i in range(48)]
+    hybrid = fm.morph(teacher(), "gdn").commit([1])
+    fm.finetune(hybrid, rows, **COMMON | {"steps": 4, "batch_size": 12})
+    torch.save(seen, Path(folder) / str(rank()))
+
+
+def test_each_row_is_computed_by_one_process(tmp_path):
+    processes(3, note_rows, tmp_path)
+    seen = [torch.load(tmp_path / str(i)) for i in range(3)]
+    assert sorted(sum(seen, [])) == list(range(48))
+    assert [rows[:3] for rows in seen] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+
+
+def test_rows_that_cannot_be_shared_are_refused():
+    with pytest.raises(ValueError, match="cannot be shared by 3 processes"): rows_each(8, 1, 3)
