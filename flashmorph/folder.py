@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from .store import NOFOLLOW, Checkpoints, EventLog, read_json, write_aside
+from .store import NOFOLLOW, Checkpoints, EventLog, first_process, read_json, write_aside
 
 # %% auto #0
 __all__ = ['HELD', 'BRANCHES_FILE', 'KNOWN', 'alive', 'flock', 'same_file', 'holder', 'take', 'release', 'locked', 'debris',
@@ -84,7 +84,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises `ValueError` naming the process that holds the file."""
     path = path.parent.resolve() / path.name
     me = (os.getpid(), threading.get_ident())
-    if HELD.get(path) == me or os.environ.get("RANK", "0") != "0":
+    if HELD.get(path) == me or not first_process():
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,9 @@ def locked(path: Path) -> Iterator[None]:
 
 # %% ../nbs/040_folder.ipynb #983eb44b
 def debris(folder: Path) -> list[Path]:
-    "What killed processes left half written in a folder."
+    "What killed processes left half written in a folder; that is for the first process to know."
+    # what the first process is writing just now looks the same to another
+    if not first_process(): return []
     return [path for path in folder.glob(".*.partial") if path.is_symlink() or not path.is_dir()]
 
 # %% ../nbs/040_folder.ipynb #7d2b543d

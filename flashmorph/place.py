@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from safetensors import SafetensorError
 from .folder import Run, strangers
+from .store import first_process
 
 # %% auto #0
 __all__ = ['LEFT', 'KEPT', 'aside_of', 'same_files', 'take_place', 'put_back', 'save_hybrid', 'is_free', 'check_holds_none',
@@ -53,7 +54,10 @@ def put_back(folder: Path) -> None:
 
 # %% ../nbs/060_place.ipynb #55515fd8
 def save_hybrid(hybrid: Any, tokenizer: Any, run: Run) -> None:
-    "`hybrid/` in the run, whole or not at all. Raises `OSError` if there is no room."
+    """`hybrid/` in the run, whole or not at all, by the first process.
+
+    Raises `OSError` if there is no room."""
+    if not first_process(): return
     run.check_intact()
     final = run.path("hybrid")
     put_back(final)

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['NOFOLLOW', 'META', 'sync', 'write_aside', 'read_json', 'Damaged', 'read_tensors', 'check_tensors', 'load_strict',
-           'read_event', 'write_lines', 'read_lines', 'mend', 'append_line', 'EventLog', 'checksum', 'bytes_of',
-           'checkpoint_files', 'read_meta', 'remove', 'Checkpoints', 'nearest']
+__all__ = ['NOFOLLOW', 'META', 'sync', 'first_process', 'write_aside', 'read_json', 'Damaged', 'read_tensors', 'check_tensors',
+           'load_strict', 'read_event', 'write_lines', 'read_lines', 'mend', 'append_line', 'EventLog', 'checksum',
+           'bytes_of', 'checkpoint_files', 'read_meta', 'Checkpoints', 'nearest']
 
 # %% ../nbs/000_store.ipynb #66623e75
 NOFOLLOW: int = getattr(os, "O_NOFOLLOW", 0)          # Windows has no such flag
@@ -31,11 +31,16 @@ def sync(path: Path) -> None:
     finally: os.close(descriptor)
 
 # %% ../nbs/000_store.ipynb #afa0aa26
+def first_process() -> bool:
+    "Is this the first process of a training, or the only one? No other process writes files."
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
 def write_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, flush it to the disk, and rename it to `path`.
 
-    Whatever happens, `path` is the old file or the whole new one.
+    Whatever happens, `path` is the old file or the whole new one. The first process alone writes.
     Raises `OSError` (disk full, no permission); then the old file is untouched."""
+    if not first_process(): return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.partial")
@@ -83,7 +88,6 @@ def read_json(path: str | os.PathLike, what: str, name: str = "") -> dict[str, A
 # %% ../nbs/000_store.ipynb #4bf809b0
 class Damaged(ValueError):
     "A file was cut off, or its bits have changed."
-
 
 def read_tensors(
     path: str | os.PathLike,
@@ -149,7 +153,6 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> None:
     content = b"".join(line + b"\n" for line in lines)
     write_aside(path, lambda p: p.write_bytes(content))
 
-
 def read_lines(path: Path) -> list[bytes]:
     "The whole lines of a log, and an unfinished last line if it holds an event."
     if not path.exists(): return []
@@ -164,7 +167,6 @@ def mend(path: Path) -> None:
     "End a log with a whole line, so that the next event begins a line."
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"): write_lines(path, read_lines(path))
-
 
 def append_line(path: Path, line: bytes, create: bool) -> None:
     "Add a line to a file that exists, or may be made. No link is followed."
@@ -190,6 +192,7 @@ class EventLog:
 
     def append(self, event: dict[str, Any]) -> None:
         "Write one event. Raises `OSError` if the folder, or a log written before, has vanished."
+        if not first_process(): return
         if not self.begun: mend(self.path)
         append_line(self.path, json.dumps(event).encode(), create=not self.begun)
         self.begun = True
@@ -208,7 +211,6 @@ class EventLog:
 # %% ../nbs/000_store.ipynb #f4708891
 META = "flashmorph.meta"
 
-
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     "SHA-256 over the names, kinds, shapes and bytes of tensors, in hexadecimal digits."
     total = hashlib.sha256()
@@ -217,7 +219,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
 
 def bytes_of(value: Any) -> Tensor:
     "A value as JSON in a tensor of bytes."
@@ -252,16 +253,8 @@ def read_meta(
         raise Damaged(f"checkpoint {path} is damaged ({error!r})") from error
 
 # %% ../nbs/000_store.ipynb #3d2a33f2
-def remove(path: Path) -> None:
-    "Delete a file, a link, or a folder with all that is in it."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink()
-
-
 class Checkpoints:
-    """The checkpoints of a stage, `step-00000100.safetensors` and so on; the newest `keep` stay.
-
-    Several processes write folders, `step-00000100.shards` (see `flashmorph.train.pieces`)."""
+    "The checkpoints of a stage, `step-00000100.safetensors` or `.shards`; the newest `keep` stay."
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder, self.keep = Path(folder), keep
 
@@ -282,8 +275,10 @@ class Checkpoints:
 
     def clean(self, keep: int | None = None) -> None:
         "Remove all but the newest checkpoints, and what a killed process left half written."
-        for path in self.paths()[:-(keep or self.keep)]: remove(path)
-        for path in self.folder.glob(".*"): remove(path)
+        keep = self.keep if keep is None else keep
+        for path in [*self.paths()[::-1][keep:], *self.folder.glob(".*")]:
+            if path.is_dir(): shutil.rmtree(path)
+            else: path.unlink()
 
     @staticmethod
     def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,15 +3,18 @@
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch.multiprocessing import ProcessExitedException, start_processes
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import flashmorph as fm
+from flashmorph.run.convert import convert
+from flashmorph.run.recipe import Recipe
 from flashmorph.train.together import rows_each
 
 STEPS, VOCAB = 20, 61
@@ -26,6 +29,14 @@ def teacher(dtype=torch.float32, **sizes):
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
         initializer_range=0.2, **sizes,
     )).to(dtype).eval()
+
+
+def mixture_of_experts():
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        head_dim=16, num_attention_heads=2, num_key_value_heads=1, num_experts=6,
+        num_experts_per_tok=2, initializer_range=0.2)).eval()
 
 
 def books(count=8 * STEPS):
@@ -63,6 +74,13 @@ def stages(all_kinds):
         hybrid = fm.morph(teacher(dtype), "gdn").commit([1])
         result = fm.distill(hybrid, teacher(dtype), rows, **COMMON)
         found[f"distill, {dtype}"] = (result.losses, weights(hybrid))
+    if all_kinds:
+        model = fm.morph(mixture_of_experts(), "lightning")
+        result = fm.align(model, rows, start="copy", **adamw)
+        found["align, experts"] = (result.losses, weights(model))
+        hybrid = model.commit([1])
+        result = fm.distill(hybrid, mixture_of_experts(), rows, **COMMON)
+        found["distill, experts"] = (result.losses, weights(hybrid))
     hybrid = fm.morph(teacher(), "lightning").commit([0])
     half = {**COMMON, "steps": STEPS // 2, "accumulate": 2}
     result = fm.finetune(hybrid, rows, recompute=True, **half)
@@ -79,7 +97,7 @@ def in_process(rank, world, port, work, args):
     os.environ["ACCELERATE_USE_CPU"] = "1"
     torch.set_num_threads(1)
     work(*args)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 
 def processes(world, work, *args):
@@ -110,7 +128,7 @@ def alone(): return stages(True)
 def test_stages_equal_those_of_one_process(world, alone, tmp_path):
     processes(world, write_stages, tmp_path / "found", world == 2)
     found = torch.load(tmp_path / "found")
-    assert len(found) == (8 if world == 2 else 4)
+    assert len(found) == (10 if world == 2 else 4)
     for name in found:
         losses, end = alone[name]
         assert len(losses) >= STEPS // 2 and far(found[name][0], losses) < TOL, name
@@ -181,6 +199,38 @@ def test_each_row_is_computed_by_one_process(tmp_path):
     seen = [torch.load(tmp_path / str(i)) for i in range(3)]
     assert sorted(sum(seen, [])) == list(range(48))
     assert [rows[:3] for rows in seen] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+
+
+RECIPE = {
+    "mixer": "lightning", "budget": 2, "text": {"length": 48},
+    "passkeys": {"length": 96, "keys": 1, "words_per_key": 1},
+    "align": {"steps": 2, "start_tokens": 500, "optimizer": "adamw"}, "gates": {"steps": 2},
+    "distill": {"steps": 2}, "finetune": {"steps": 1, "batch_size": 4},
+    "evaluate": {"books": 2, "length": 96, "keys": 1, "words_per_key": 1},
+}
+
+
+def convert_all(folder, **how):
+    "Convert as all processes of a launcher do, and note what this one was given to print."
+    lines = []
+    done = convert(Recipe(**RECIPE), folder / "run", progress=False, say=lines.append, **how)
+    (folder / f"lines{os.environ.get('RANK', 0)}").write_text("\n".join(lines))
+    assert done["layers"]
+
+
+def test_all_processes_convert_and_the_first_writes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two): folder.mkdir()
+    convert_all(one)
+    processes(2, convert_all, two)
+    assert (two / "lines1").read_text() == "" != (two / "lines0").read_text()
+    names = [sorted(path.name for path in (folder / "run").iterdir()) for folder in (one, two)]
+    assert names[0] == names[1]
+    ours, theirs = (fm.HybridForCausalLM.from_pretrained(x / "run" / "hybrid") for x in (two, one))
+    assert ours.config.full_layers == theirs.config.full_layers
+    assert far(weights(ours), weights(theirs)) < TOL
+    # a finished run is only read, by any number
+    processes(2, partial(convert_all, resume=True), two)
 
 
 def test_rows_that_cannot_be_shared_are_refused():

@@ -93,7 +93,7 @@ def alignment_losses(
     attention_mask: Tensor | None = None,  # (B, T), 1 on real tokens
     relative: bool = False,  # as shares of the energy of the full branch
     position_ids: Tensor | None = None,  # (B, T), which start again at each document of a row
-    mean: Callable[[Tensor], Tensor] = lambda x: x,  # of a number over all processes that share a batch
+    mean: Callable[[Tensor], Tensor] = lambda x: x,  # of a number over all processes
 ) -> Tensor:  # (L,), float32
     """How far each linear branch is from its full branch on the teacher's own inputs.
 

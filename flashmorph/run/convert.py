@@ -4,147 +4,35 @@
 
 # %% ../../nbs/820_run.convert.ipynb #f3d5d146
 from __future__ import annotations
-import json, shutil, time
+import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from torch import nn
 from ..choose.gates import train_gates
 from ..folder import BRANCHES_FILE, Run
-from ..ledger import Ledger, adopt, check_finite, chosen, is_finished, read_scores
-from ..measure.cost import cost
-from ..measure.evaluate import evaluate
+from ..ledger import adopt, check_finite, chosen, is_finished
 from ..measure.plan import opening_lines
-from ..measure.spend import Spending
 from ..model.hybrid import HybridForCausalLM
 from ..model.morph import MorphableModel, morph
 from ..place import (
     check_place, check_resumable, is_free, move_aside, old_runs, save_hybrid)
+from .conversion import Conversion, write_results
 from .hub import card_hybrid
 from .materials import (
-    Materials, check_materials, digest_of, recipe_facts, sets_of, stage_facts, tidy)
+    Materials, check_materials, recipe_facts, sets_of, stage_facts, tidy)
 from .paths import named_paths, with_absolute_paths
 from .ranking import check_cut, rank_layers
 from .recipe import Recipe, load_recipe, save_recipe
 from ..selection import Selection
 from ..show.report import write_report
-from ..store import read_json, write_aside
+from ..store import first_process, read_json
 from ..train.align import align
 from ..train.distill import distill, finetune
 from ..train.fit import Callback
+from ..train.together import processes
 
 # %% auto #0
-__all__ = ['DONE', 'Conversion', 'measured', 'scores_of', 'model_results', 'choice_results', 'results_of', 'write_results',
-           'search', 'improve', 'repair', 'finished_results', 'finish', 'run_stages', 'start', 'go_on', 'convert']
-
-# %% ../../nbs/820_run.convert.ipynb #c6ee6a6b
-class Conversion:
-    "A recipe under way in a run: its materials, what is recorded, and how stages are called."
-    def __init__(
-        self, materials: Materials, run: Run, say: Callable[[str], None], options: dict[str, Any]
-    ):
-        self.materials = materials
-        self.recipe = materials.recipe
-        self.run = run
-        self.say = say
-        self.spending = Spending()
-        # of every training
-        self.options = {**options, "callbacks": [*options.get("callbacks", ()), self.spending]}
-        self.facts = stage_facts(materials)
-        self.scores = read_scores(run)
-        self.ledger = Ledger(run, self.scores)
-        for stage in self.ledger.outdated(self.facts): del self.scores[stage]
-        self.seconds: dict[str, float] = {}
-        self.sets: dict[str, list[int]] = {}            # the layers that each hybrid keeps
-        for stage, facts in self.facts.items(): self.ledger.check(stage, facts)
-
-    def train(self, stage: str, function: Callable, *inputs: Any, **more: Any) -> Any:
-        "Call the `function` of a stage, with `more` facts; a finished stage is only loaded."
-        facts = {**self.facts[stage], **more}
-        self.ledger.begin(stage, facts)
-        self.run.check_intact()
-        # the settings of `distill-uniform` are those of the table `distill`
-        table = stage.split("-")[0]
-        settings = replace(self.recipe[table], seed=self.recipe.seed)
-        known = {"stage": stage, "facts": {"facts": digest_of(self.ledger.stages[stage])}}
-        result = function(*inputs, settings, run=self.run, resume=True, **known, **self.options)
-        self.seconds[stage] = self.spending.stages[stage]["seconds"]
-        return result
-
-    def evaluate(self, model: nn.Module, name: str, when: str, layers: list[int]) -> None:
-        "Score a model, once."
-        stage = f"evaluate-{name}-{when}"
-        self.ledger.begin(stage, {**self.facts[stage], "layers": layers})
-        if stage not in self.scores:
-            self.say(f"evaluate {name}, {when.replace('_', '-')}")
-            self.scores[stage] = measured(self, model, f"scores of {name}, {when}")
-        self.seconds[stage] = self.scores[stage]["seconds"]
-        write_results(self)
-
-# %% ../../nbs/820_run.convert.ipynb #86cf66bd
-def measured(work: Conversion, model: nn.Module, what: str) -> dict[str, Any]:
-    "An evaluation, and the seconds it took."
-    began = time.perf_counter()
-    settings = asdict(work.recipe.evaluate)
-    scores = asdict(evaluate(model, work.materials.tokenizer, **settings))
-    check_finite(what, scores)
-    seconds = time.perf_counter() - began
-    return {"evaluation": scores, "seconds": seconds}
-
-# %% ../../nbs/820_run.convert.ipynb #9989b5d0
-def scores_of(work: Conversion, name: str) -> dict[str, Any]:
-    "The scores of one model so far, by what was done to the model before."
-    stages = {when: f"evaluate-{name}-{when}" for when in ("zero_shot", "distilled", "finetuned")}
-    known = work.scores.keys() & work.facts.keys()
-    return {when: work.scores[s]["evaluation"] for when, s in stages.items() if s in known}
-
-# %% ../../nbs/820_run.convert.ipynb #7bcee48f
-def model_results(work: Conversion, name: str, layers: Iterable[int]) -> dict[str, Any]:
-    "The scores of one model so far, and what the model costs."
-    teacher, recipe = work.materials.teacher, work.recipe
-    count = cost(teacher.config, list(layers), context=recipe.passkeys.length, mixer=recipe.mixer,
-                 dtype=teacher.dtype)
-    sizes = {"parameters": count.parameters, "cache_bytes": count.cache_bytes}
-    return scores_of(work, name) | sizes
-
-# %% ../../nbs/820_run.convert.ipynb #a4f155cd
-def choice_results(work: Conversion) -> dict[str, Any]:
-    "What `results.json` holds of the layers that each hybrid keeps."
-    selection = Selection.load(work.run.folder)
-    return {
-        "budget": work.materials.budget,
-        "layers": work.sets["flashmorph"],
-        "num_layers": work.materials.num_layers,
-        "selection": {"budget": selection.budget, **asdict(selection)},
-        "selections": work.sets,
-    }
-
-# %% ../../nbs/820_run.convert.ipynb #a0573f21
-def results_of(work: Conversion) -> dict[str, Any]:
-    "What `results.json` holds: so far, all that was asked for and measured."
-    recipe = work.recipe
-    sets = {"teacher": list(range(work.materials.num_layers)), **work.sets}
-    models = {name: model_results(work, name, layers) for name, layers in sets.items()}
-    # also what an earlier process has measured
-    taken = {s: work.scores[s]["seconds"] for s in work.facts if s in work.scores}
-    return {
-        **choice_results(work),
-        "teacher": recipe.teacher,
-        "mixer": recipe.mixer,
-        "context": recipe.passkeys.length,
-        "seconds": {**work.seconds, **taken},
-        "spent": work.spending.stages,
-        "models": {name: found for name, found in models.items() if "zero_shot" in found},
-    }
-
-# %% ../../nbs/820_run.convert.ipynb #f0637c47
-def write_results(work: Conversion) -> dict[str, Any]:
-    "Write what is known so far to `results.json`."
-    work.run.check_intact()
-    written = json.dumps(results_of(work), indent=1)
-    write_aside(work.run.path("results.json"), lambda path: path.write_text(written))
-    return json.loads(written)
+__all__ = ['DONE', 'search', 'improve', 'repair', 'finished_results', 'finish', 'run_stages', 'start', 'go_on', 'convert']
 
 # %% ../../nbs/820_run.convert.ipynb #e4c38b9b
 def search(work: Conversion) -> tuple[MorphableModel, Selection]:
@@ -161,7 +49,9 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     else: found = rank_layers(materials, model, work.run, work.facts["rank"])
     # what the selector chooses, unless somebody has chosen otherwise
     ours = check_cut(materials, model, work.ledger, work.facts, found, work.say)
+    work.together.wait()
     selection = chosen(ours, work.ledger)
+    work.together.wait()
     if selection is not ours: work.say(
         f"keep the layers of selection.json: {list(selection.layers)}")
     elif gated and not selection.pinned_full:
@@ -203,19 +93,24 @@ def repair(work: Conversion, model: MorphableModel, name: str) -> HybridForCausa
 def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
     "The results of a run, `None` if it is not finished. Raises `ValueError` for another recipe."
     if not is_finished(run, recipe_facts(recipe)): return None
-    tidy(run, recipe)                   # a kill may have come between
-    if not run.path("report.html").exists(): write_report(run.folder)
+    # a kill may have come between
+    if first_process():
+        tidy(run, recipe)
+        if not run.path("report.html").exists(): write_report(run.folder)
     return read_json(run.path("results.json"), "results of a run")
 
 # %% ../../nbs/820_run.convert.ipynb #d936ace6
 def finish(work: Conversion) -> dict[str, Any]:
     "Write results and report, then delete what only a resumed run would need."
     results = write_results(work)
-    write_report(work.run.folder)
-    card_hybrid(work.run.folder)
-    work.ledger.write(finished=True, recipe=recipe_facts(work.recipe))
-    tidy(work.run, work.recipe)
-    for callback in work.options["callbacks"]: callback.finish(results)
+    work.together.wait()
+    if first_process():
+        write_report(work.run.folder)
+        card_hybrid(work.run.folder)
+        work.ledger.write(finished=True, recipe=recipe_facts(work.recipe))
+        tidy(work.run, work.recipe)
+        for callback in work.options["callbacks"]: callback.finish(results)
+    work.together.wait()
     return results
 
 # %% ../../nbs/820_run.convert.ipynb #43b9697a
@@ -241,13 +136,17 @@ def start(
     check_materials(materials)
     for line in opening_lines(recipe, materials.teacher.config): say(line)
     # nothing was touched until here
-    if not is_free(run.folder): move_aside(run.folder, keep)
+    together = processes()
+    together.wait()
+    if first_process() and not is_free(run.folder): move_aside(run.folder, keep)
     with run.lock():
-        check_place(run.folder, overwrite=False)            # another process may have been faster
-        run.start()
-        save_recipe(recipe, run.path("recipe.toml"))
-        for path in old_runs(run.folder): shutil.rmtree(path, ignore_errors=True)
-        return run_stages(Conversion(materials, run, say, options))
+        if first_process():
+            check_place(run.folder, overwrite=False)        # somebody may have been faster
+            run.start()
+            save_recipe(recipe, run.path("recipe.toml"))
+            for path in old_runs(run.folder): shutil.rmtree(path, ignore_errors=True)
+        together.wait()
+        return run_stages(Conversion(materials, run.start(), say, options))
 
 # %% ../../nbs/820_run.convert.ipynb #fb1735b9
 def go_on(
@@ -258,12 +157,17 @@ def go_on(
     recipe = recipe or stored
     done = finished_results(run, recipe)
     if done is not None: return done
-    for path in run.folder.glob(".hybrid.*.partial"): shutil.rmtree(path)
+    if first_process():
+        for path in run.folder.glob(".hybrid.*.partial"): shutil.rmtree(path)
     materials = Materials(recipe)
     check_materials(materials)
 
     # facts first: the recipe is written only if the run can go on with it
     first_edition = not run.path("run.json").exists()
+    together = processes()
+    together.wait()
+    if first_process(): run.start()
+    together.wait()
     run.start()
     if first_edition:
         then = materials if recipe == stored else Materials(stored)
@@ -285,12 +189,16 @@ def convert(
 ) -> dict[str, Any]:
     """Run `recipe` into `folder` and return the results, which are also in its `results.json`.
 
-    The hybrid is in `folder/hybrid`. One process at a time works in a folder. A changed recipe
+    The hybrid is in `folder/hybrid`. One process at a time works in a folder, or all of a launcher:
+    they share the training, and the first alone prints and writes. A changed recipe
     resumes as long as no stage that has begun would have to be done again.
     Raises `ValueError` for settings that cannot work, before any training and before anything is
     deleted; `OSError` if the folder vanishes; otherwise errors are those of the stages."""
     run = Run(folder)
-    options = {"callbacks": list(callbacks), "progress": progress}
+    options: dict[str, Any] = {"callbacks": list(callbacks), "progress": progress}
+    if not first_process():
+        options = {"progress": False}
+        def say(line: str) -> None: pass
     if recipe is not None: recipe = with_absolute_paths(recipe)
     if resume:
         if overwrite: raise ValueError("resume and overwrite exclude each other: choose one")

@@ -4,18 +4,19 @@
 
 # %% ../../nbs/850_run.terminal.ipynb #7e3a1003
 from __future__ import annotations
-import contextlib, shlex, signal, threading
+import contextlib, os, shlex, signal, threading, time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
+from ..store import first_process
 from ..train.stop import is_out_of_memory
 
 # %% auto #0
-__all__ = ['SIMPLE', 'console', 'errors', 'ADVICE', 'printable', 'show', 'show_step', 'show_progress', 'first_line', 'go_on',
-           'interrupted_by_sigterm', 'plain_errors', 'OneLineErrors']
+__all__ = ['SIMPLE', 'console', 'errors', 'PATIENCE', 'ADVICE', 'printable', 'show', 'show_step', 'show_progress', 'show_error',
+           'first_line', 'go_on', 'interrupted_by_sigterm', 'plain_errors', 'OneLineErrors']
 
 # %% ../../nbs/850_run.terminal.ipynb #36428bf5
 SIMPLE = str.maketrans({"█": "#", "·": "-", "—": "-", "…": "..."})
@@ -30,8 +31,9 @@ def printable(text: str, encoding: str | None) -> str:
     return text
 
 # %% ../../nbs/850_run.terminal.ipynb #5fe0bdab
-console = Console(force_jupyter=False)
+console = Console(force_jupyter=False, quiet=not first_process())
 errors = Console(stderr=True, force_jupyter=False)
+PATIENCE = 5            # seconds
 
 def show(line: str, to: Console = console) -> None:
     "Print one line as it is."
@@ -40,6 +42,14 @@ def show(line: str, to: Console = console) -> None:
 
 def show_step(line: str) -> None: show(f"> {line}")
 def show_progress(line: str) -> None: show(f"> {line}", errors)
+
+def show_error(line: str) -> None:
+    """Print why a command ends; of several processes, another than the first waits before that.
+
+    A launcher ends all processes as soon as one has failed, so an error of all is shown once."""
+    if not first_process(): time.sleep(PATIENCE)
+    who = "" if first_process() else f" (process {os.environ.get('RANK')})"
+    show(f"flashmorph{who}: {line}", errors)
 
 # %% ../../nbs/850_run.terminal.ipynb #c54b605d
 def first_line(error: BaseException) -> str:
@@ -76,15 +86,15 @@ def plain_errors(folder: Path | None = None) -> Iterator[None]:
         with interrupted_by_sigterm(): yield
     except BrokenPipeError: raise                        # nobody reads on: typer ends quietly
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        show(f"flashmorph: {first_line(error)}", errors)
+        show_error(first_line(error))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         said = f": {error}" if str(error) else ""
-        show(f"flashmorph: stopped{said}{hint}", errors)
+        show_error(f"stopped{said}{hint}")
         raise typer.Exit(130) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error): raise
-        show(f"flashmorph: {first_line(error)} {ADVICE}{hint}", errors)
+        show_error(f"{first_line(error)} {ADVICE}{hint}")
         raise typer.Exit(2) from error
 
 # %% ../../nbs/850_run.terminal.ipynb #d1a4ccf4

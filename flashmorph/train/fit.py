@@ -126,7 +126,7 @@ def train(state: State, callbacks: list[Callback], progress: bool) -> None:
                disable=not (progress and together.rank == 0))
     if not bar.disable:
         line = what_trains(state.parameters, state.objective.frozen())
-        bar.write(f"{state.stage} {line}")
+        bar.write(f"{state.notice}{state.stage} {line}")
     with bar, graceful_stop() as stopped:
         began = time.perf_counter() - state.seconds
         first = state.tokens
@@ -140,9 +140,8 @@ def train(state: State, callbacks: list[Callback], progress: bool) -> None:
             shown = {"loss": f"{event['loss']:.4g}", "tokens_s": f"{rate:,.0f}"}
             shown[state.memory.name] = amount(state.peak_memory, "bytes")
             bar.set_postfix(shown, refresh=False)
-            # a finished stage keeps its weights only
             stop = together.any(stopped())
-            if state.step == c.steps: save(state, worker)
+            if state.step == c.steps: save(state, worker, optimizer if c.extendable else None)
             elif state.step % c.save_every == 0 or stop: save(state, worker, optimizer)
             if stop:
                 hint = f"; resume from {state.last}" if state.last else ""
@@ -167,8 +166,8 @@ def fit(
 
     With a `run`, events go to its `log.jsonl` and checkpoints to `checkpoints/<stage>/` in it;
     `resume=True` goes on from the newest checkpoint, bit for bit on a CPU (a finished stage is
-    only loaded). Settings, frozen weights, `data.fingerprint()` where there is one, and `facts`
-    are compared with those of the checkpoint. Weights that train are float32 from then on.
+    only loaded). Settings but for more `steps`, frozen weights, `data.fingerprint()` where there is
+    one, and `facts` are as in the checkpoint. Weights that train are float32 from then on.
 
     Raises `FloatingPointError` on a loss or a weight that is not finite, `ValueError` on a
     checkpoint, a log or rows that do not fit and if another process uses the run, `OSError` if
@@ -176,7 +175,7 @@ def fit(
     the last checkpoint stays."""
     again = recomputing(objective) if config.recompute else contextlib.nullcontext()
     place = None if run is None else Run(run)
-    state = State(objective, data, config.complete(), plain_name(stage), place)
+    state = State(objective, data, config, plain_name(stage), place)
     heard = list(callbacks) if state.together.rank == 0 else []
     with again, place.lock() if place and state.writes else contextlib.nullcontext():
         if place:

@@ -43,6 +43,7 @@ class FitConfig(Settings):
     seed: int = setting(0, low=0, high=2**31 - 1)
     save_every: int = setting(100, low=1, high=MOST)            # steps between checkpoints
     keep: int = setting(2, low=1, high=MOST)                    # unfinished checkpoints kept
+    extendable: bool = False            # the last checkpoint has the optimizer, for more steps
 
     def complete(self) -> Self:
         "The settings with values for what was left open; here, nothing is left open."
@@ -100,6 +101,7 @@ class Objective(nn.Module):
     """
     together: Together = ALONE
     shares: Mapping[str, float] = {}
+    any_length = True                   # may a training get more steps than it was begun with?
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         "The loss (a scalar with gradient) and numbers to log."

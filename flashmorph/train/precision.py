@@ -55,7 +55,7 @@ def accelerator(config: FitConfig, objective: Objective) -> Any:
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()         # an earlier stage may have used another precision
     precision = precision_of(config, objective)
-    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.accumulate)
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
 
 # %% ../../nbs/420_train.precision.ipynb #ea1b97df
 def kind_of(name: str) -> str:

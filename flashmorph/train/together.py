@@ -4,13 +4,14 @@
 
 # %% ../../nbs/405_train.together.ipynb #86e4c47e
 from __future__ import annotations
+import os
 from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['ALONE', 'Together', 'Several', 'rows_each']
+__all__ = ['ALONE', 'Together', 'Several', 'processes', 'rows_each']
 
 # %% ../../nbs/405_train.together.ipynb #e4543ad5
 class Together:
@@ -73,10 +74,24 @@ class Several(Together):
 
     def wait(self) -> None: dist.barrier()
 
+
+def processes() -> Together:
+    "All processes that a launcher (`accelerate launch`, `torchrun`) has started, or the only one."
+    from accelerate.state import AcceleratorState, PartialState
+    # a forked process inherits what its parent knew, which may have been alone
+    known = PartialState._shared_state.get("num_processes", 0)
+    if 0 < known < int(os.environ.get("WORLD_SIZE", "1")): AcceleratorState._reset_state(True)
+    # without a GPU, processes have to be told to meet on the CPU
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes == 1: return ALONE
+    # not every launcher does
+    os.environ.setdefault("RANK", str(state.process_index))
+    return Several(state.device)
+
 # %% ../../nbs/405_train.together.ipynb #e76b8144
 def rows_each(batch_size: int, accumulate: int, world: int) -> tuple[int, int]:
-    """Of a step of `batch_size * accumulate` rows: how many each of `world` processes takes at once,
-    and how often.
+    """How many rows each of `world` processes takes at once, and how often, of a step of
+    `batch_size * accumulate` rows.
 
     Raises `ValueError` if the processes cannot have as many rows each."""
     total = batch_size * accumulate
