@@ -84,7 +84,9 @@ class Notebook:
     def part(self) -> str:
         "The part of the site that it belongs to: a shelf of the book, or `Tutorials`, ..."
         if self.path.parent != NBS: return self.path.parent.name.capitalize()
-        if re.match(r"\d+", self.path.name): return SHELVES[".".join(self.module.split(".")[1:-1])]
+        package = ".".join(self.module.split(".")[1:-1])
+        if self.module.endswith("__main__"): package = "run"
+        if re.match(r"\d+", self.path.name): return SHELVES[package]
         return "" if self.path.stem == "index" else "Benchmarks"
 
     @property

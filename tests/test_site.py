@@ -213,7 +213,7 @@ def chapters() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {shelf: [] for shelf in SHELVES}
     for path in sorted(NBS.glob("[0-9]*.ipynb")):
         name = path.stem.split("_", 1)[1]
-        package = name.rpartition(".")[0]
+        package = "run" if name == "main" else name.rpartition(".")[0]
         found[SHELVES[PACKAGES.index(package)]].append(f"{name}.html")
     return {shelf: pages for shelf, pages in found.items() if pages}
 
