@@ -5,7 +5,7 @@
 
 Stage 1 of the bundled teacher reads text of a `.jsonl.zst`, made into rows in the training itself
 or by two workers ahead of the step, and the same rows from a list. Ways take turns, and each
-counts with its best round, as other programs may run beside."""
+counts with its best round, as other programs may run beside. A file keeps all runs."""
 import argparse
 import json
 import tempfile
@@ -64,7 +64,8 @@ def main() -> None:
                   "file": f"{args.stories} stories as .jsonl.zst", "rounds": rounds, "best": best,
                   "share": {name: found / best["tokenised before"] for name, found in best.items()},
                   "versions": {"torch": torch.__version__}}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        before = json.loads(args.json.read_text()) if args.json.exists() else []
+        args.json.write_text(json.dumps([*before, record], indent=1) + "\n")
 
 
 if __name__ == "__main__": main()
