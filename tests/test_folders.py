@@ -295,7 +295,7 @@ def test_resume_with_changes_on_the_command_line(stopped):
     def run(*more):
         return CliRunner().invoke(app, ["convert", "--resume", "--out", str(stopped), *more])
     for more, message in ((["--set", "distil.steps=9"], "unknown table"),
-                          (["--set", "distill.steps=9"], "distill.steps: 4 then, 9 now"),
+                          (["--set", "distill.lr=0.5"], "distill.lr: 0.0001 then, 0.5 now"),
                           (["--overwrite"], "exclude each other")):
         done = run(*more)
         assert done.exit_code == 2 and message in done.output, done.output

@@ -1,4 +1,6 @@
 "What a conversion takes at least, counted before it runs."
+from unittest import mock
+
 import pytest
 import torch
 from small import save_teacher, small_recipe
@@ -18,6 +20,7 @@ from flashmorph.model.teacher import load_teacher
 from flashmorph.run import cli
 from flashmorph.run.convert import convert
 from flashmorph.run.recipe import load_recipe, save_recipe
+from flashmorph.run.terminal import console
 from flashmorph.train.align import AlignConfig, AlignObjective
 from flashmorph.train.distill import DistillObjective, NextTokenObjective
 from flashmorph.train.least_squares import least_squares
@@ -138,8 +141,10 @@ def test_a_plan_follows_its_recipe(tmp_path):
 
 
 def planned(*args):
-    env = {"COLUMNS": "130", "TERM": "dumb", "NO_COLOR": "1"}
-    return CliRunner().invoke(cli.app, ["plan", *map(str, args)], prog_name="flashmorph", env=env)
+    command = ["plan", *map(str, args)]
+    # 130 columns, whatever the environment says of the terminal
+    with mock.patch.multiple(console, _width=130, _height=50, no_color=True):
+        return CliRunner().invoke(cli.app, command, prog_name="flashmorph")
 
 
 @pytest.mark.parametrize("name, total", [
