@@ -88,7 +88,7 @@ class Exchange(Scoring):
 
 def exchange(
     model: MorphableModel, books: Iterable[Mapping[str, Any]], start: Ranking, budget: int,
-    config: Exchange | Swap, log: str | Path | None = None,
+    config: Exchange, log: str | Path | None = None,
 ) -> Ranking:
     "The order `start` with layers exchanged around its cut; `facts` has the divergences."
     far = AnswerDivergence(model, books, config.count, batch_size=config.batch_size, log=log)
@@ -114,9 +114,8 @@ by_divergence("beam", beam, Beam)
 
 # %% ../../nbs/660_choose.search.ipynb #a0d3785a
 @dataclass(frozen=True, kw_only=True)
-class Swap(OneBudget):
+class Swap(Exchange, OneBudget):
     "Settings of `swap`: whose order (`by`), and how far from its cut layers may change sides."
-    count: int | None = setting(64, low=1, high=10**9)
     by: str = "remove-one"
     reach: int = setting(3, low=1)
 

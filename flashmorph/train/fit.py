@@ -48,14 +48,15 @@ def micro_batches(state: State, objective: Objective) -> Iterator[dict[str, Tens
 # %% ../../nbs/440_train.fit.ipynb #b2a0ecee
 def gradients(state: State, worker: Worker) -> tuple[float, dict[str, Any]]:
     "The backward passes of a step. Returns the loss, over all processes, and numbers to log."
-    objective, total = worker.objective, 0.0
+    objective = worker.objective
+    losses: list[Tensor] = []
     metrics: dict[str, Any] = {}
     for batch in micro_batches(state, objective):
         with state.acc.autocast(): loss, metrics = objective(batch)
         (loss / state.times).backward()
-        total += state.together.mean(loss.detach()).item() / state.times
+        losses.append(loss.detach())
     worker.reduce()
-    return total, metrics
+    return state.together.mean(torch.stack(losses).mean()).item(), metrics
 
 
 def one_step(state: State, worker: Worker, optimizer: Any) -> dict[str, Any]:

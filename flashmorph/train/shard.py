@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from .objective import Objective
+from .resume import all_finite
 from .together import Several, Together
 
 # %% auto #0
@@ -76,7 +77,7 @@ class Worker:
         "Scale the gradients of a step to a norm of at most `limit`; returns the norm before."
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
-    def finite(self, parameter: Tensor) -> bool: return bool(parameter.isfinite().all())
+    def finite(self, parameter: Tensor) -> bool: return all_finite(parameter)
 
     def go_home(self) -> None:
         "After the last step: the weights that trained go back to their owner."
