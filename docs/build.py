@@ -47,6 +47,7 @@ SHORTER = [
     (re.compile(r'(href="[^"]*#([^"]+)") title="\2"'), r"\1"),      # what the address says already
     (re.compile(r'title="Link to this \w+"'), "title=Link"),
     (re.compile(r"</a></li>"), "</a>"),
+    (re.compile(r"<span class=(\w\w?)>([^<]*)</span>"), r"<i class=\1>\2</i>"),     # coloured code
 ]
 ANCHOR = re.compile(r"<a [^<>]*>")
 QUOTED = re.compile(r' ([\w-]+)="([\w./#:-]*\w)"(?=[ >])')
