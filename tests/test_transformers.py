@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, pipeline
+from transformers.cache_utils import CacheLayerMixin
 
 from flashmorph.model.morph import morph
 from flashmorph.model.sharing import LOADER_FILE
@@ -51,6 +52,27 @@ def test_every_cache_gives_the_tokens_without_one(mixer, layers):
     for name in CACHES:
         found = model.generate(ids, cache_implementation=name, **settings)
         assert torch.equal(found, plain), name
+
+
+class NoStream:
+    "In place of a stream of a GPU, without which transformers offloads nothing."
+    def wait_stream(self, other): pass
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+
+
+@pytest.mark.parametrize("mixer, layers", [("lightning", [3, 4, 8]), ("gla", [0, 11])])
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_give_the_tokens_without_one(monkeypatch, name, mixer, layers):
+    model, moved = noisy(mixer, layers), []
+    ids, settings = inputs()
+    plain = model.generate(ids, use_cache=False, **settings)
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+    offload = CacheLayerMixin.offload
+    monkeypatch.setattr(CacheLayerMixin, "offload", lambda self: moved.append(offload(self)))
+    assert torch.equal(model.generate(ids, cache_implementation=name, **settings), plain)
+    assert len(moved) == 12 * len(layers)               # each full layer at each token
 
 
 def test_a_quantized_cache_is_refused(hybrid):
