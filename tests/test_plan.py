@@ -24,6 +24,7 @@ from flashmorph.run.terminal import console
 from flashmorph.train.align import AlignConfig, AlignObjective
 from flashmorph.train.distill import DistillObjective, NextTokenObjective
 from flashmorph.train.least_squares import least_squares
+from flashmorph.train.optimizers import make_optimizer
 
 T = 96
 
@@ -63,7 +64,7 @@ def test_each_stage_takes_what_is_counted(teacher, batch, mixer, monkeypatch):
     L = model.num_layers
     assert taken(AlignObjective(model), batch) == 2 * (passes.align() + L * unseen)
     # a step of the optimizer; keys and values that are no longer shared are more than is planned
-    objective = AlignObjective(model, steps_by="muon")
+    objective = AlignObjective(model)
     objective(batch)[0].backward()
     optimizer = objective.optimizer(objective.trainable().values(), AlignConfig(lr=0.01))
     with FlopCounterMode(display=False) as counter: optimizer.step()
@@ -209,3 +210,25 @@ def test_convert_warns_before_it_trains(monkeypatch, tmp_path):
     needs = [line for line in said if "needs" in line]
     assert len(needs) == 1 and needs[0].startswith("distill flashmorph needs")
     assert "this machine has 1 GB" in needs[0] and said.index(needs[0]) < len(said) - 1
+
+
+def test_an_optimizer_has_its_memory_and_its_work():
+    def stage(**settings):
+        recipe = small_recipe("bundled", distill={"steps": 3, **settings})
+        return plan(recipe, rate=1e9, machine=Machine("cpu")).stages[2]
+    plain, fused, muon, small = (
+        stage(optimizer=name) for name in ("adamw", "adamw-fused", "muon", "adamw-8bit"))
+    assert plain.parts.optimizer == fused.parts.optimizer == 8 * plain.parts.gradients / 4
+    assert 0.25 < small.parts.optimizer / plain.parts.optimizer < 0.26
+    assert 0.5 < muon.parts.optimizer / plain.parts.optimizer < 0.6
+    assert plain.flops == small.flops < muon.flops
+    # Muon's products, as PyTorch counts them in one step of all weights
+    teacher, _ = load_teacher()
+    hybrid = morph(teacher).commit([3, 4, 8]).requires_grad_(True)
+    for p in hybrid.parameters(): p.grad = torch.zeros_like(p)
+    optimizer = make_optimizer("muon", hybrid, hybrid.parameters(), 1e-3)
+    with FlopCounterMode(display=False) as counter: optimizer.step()
+    recipe = small_recipe("bundled", budget=3, distill={"steps": 3, "optimizer": "muon"})
+    planned = plan(recipe, rate=1e9).stages[2].flops
+    recipe = small_recipe("bundled", budget=3, distill={"steps": 3})
+    assert planned - plan(recipe, rate=1e9).stages[2].flops == 3 * counter.get_total_flops()

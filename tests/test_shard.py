@@ -179,6 +179,50 @@ def test_killed_and_resumed_by_another_number_of_processes(tmp_path):
 
 
 
+def by_name(file, name, folder=None, at=None):
+    "Stages 1 and 3 with an optimizer, or one that is killed at row `at` and resumed."
+    rows, found = books(), {}
+    if folder is None:
+        model = fm.morph(teacher(), "gdn")
+        result = fm.align(model, rows, start="copy", optimizer=name, **COMMON)
+        found["align"] = (result.losses, weights(model))
+    hybrid = fm.morph(teacher(), "gdn").commit([1])
+    more = {"run": folder, "resume": folder is not None, "save_every": 4}
+    result = fm.distill(hybrid, teacher(), Killing(at), optimizer=name, lr=1e-3, **more, **COMMON)
+    found["distill"] = (result.losses, weights(hybrid))
+    if os.environ.get("RANK", "0") == "0": torch.save(found, file)
+
+
+# Muon multiplies in bf16, whose numbers are 2^-8 apart: a last bit of a gradient can become that
+@pytest.mark.parametrize("name, tolerance", [("adamw-fused", TOL), ("muon", 2.0**-8)])
+def test_optimizers_by_name_in_shards(name, tolerance, tmp_path):
+    "As in one process; and killed with two processes, resumed by three, then by one."
+    by_name(tmp_path / "one", name)
+    processes(2, by_name, tmp_path / "two", name)
+    one, two = (torch.load(tmp_path / file) for file in ("one", "two"))
+    for stage in one:
+        assert far(two[stage][0][:3], one[stage][0][:3]) < TOL
+        for i in (0, 1): assert far(two[stage][i], one[stage][i]) < tolerance, (stage, i)
+    run = tmp_path / "run"
+    for world, at in ((2, 8 * 9), (4, 8 * 17)):
+        with pytest.raises(ProcessExitedException, match="SIGKILL"):
+            processes(world, by_name, tmp_path / "never", name, run, at)
+    by_name(tmp_path / "last", name, run)
+    last = torch.load(tmp_path / "last")["distill"]
+    for i in (0, 1): assert far(last[i], one["distill"][i]) < tolerance
+
+
+def refused(file):
+    hybrid = fm.morph(teacher(), "gdn").commit([1])
+    try: fm.distill(hybrid, teacher(), books(), optimizer="adamw-8bit", **COMMON)
+    except ValueError as error: (file / os.environ["RANK"]).write_text(str(error))
+
+
+def test_moments_in_8_bits_are_not_cut(tmp_path):
+    processes(2, refused, tmp_path)
+    for i in "01": assert "cannot be cut into shards" in (tmp_path / i).read_text()
+
+
 def note_rows(folder):
     "Write the numbers of the rows that this process computes with."
     from flashmorph.train import distill as chapter

@@ -19,8 +19,9 @@ from ..model.mixers import MixerDims
 from ..model.parts import own_config
 
 # %% auto #0
-__all__ = ['SHAPES', 'TABLES_HELD', 'Saved', 'NoValues', 'nothing_saved', 'few_layers', 'decoder_saved', 'softmax_saved',
-           'mixer_saved', 'Layers', 'layers_saved', 'activations', 'logits_bytes']
+__all__ = ['SHAPES', 'TABLES_HELD', 'MOMENTS', 'Saved', 'NoValues', 'nothing_saved', 'few_layers', 'decoder_saved',
+           'softmax_saved', 'mixer_saved', 'Layers', 'layers_saved', 'activations', 'logits_bytes', 'moment_bytes',
+           'no_matrices']
 
 # %% ../../nbs/535_measure.memory.ipynb #07ed63fb
 class Saved:
@@ -170,3 +171,19 @@ def logits_bytes(config: PreTrainedConfig, kind: str, tokens: int) -> int:
     vocabulary = config.get_text_config().vocab_size
     chunk = max(1, LOGITS // vocabulary)
     return 4 * TABLES_HELD.get(kind, 0) * vocabulary * min(tokens, chunk)
+
+# %% ../../nbs/535_measure.memory.ipynb #556299bf
+MOMENTS = {"adamw": 8.0, "adamw-fused": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "muon": 4.0}
+
+
+def moment_bytes(name: str, trained: float, others: float = 0.0) -> float:
+    "Bytes that an optimizer keeps for `trained` weights, of which Muon leaves `others` to AdamW."
+    if name != "muon": others = 0
+    return MOMENTS[name] * (trained - others) + MOMENTS["adamw"] * others
+
+
+def no_matrices(model: CostModel) -> int:
+    "Weights of the head, of embeddings and of experts."
+    weights = model.weights
+    tables = sum(size for size, _ in weights.tables)
+    return weights.head + tables + sum(size for size, _, _ in weights.experts)

@@ -15,8 +15,8 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 from .cost import CostModel
 from .machines import Machine, Parts, memory_here
-from .memory import activations, logits_bytes
-from .spend import Passes, cheapest
+from .memory import activations, logits_bytes, moment_bytes, no_matrices
+from .spend import Passes, cheapest, muon_hybrid
 from ..model.logits import LOGITS
 from ..model.parts import HALF
 from ..model.teacher import find_model, read_config
@@ -153,9 +153,9 @@ class Planner:
 TOKENS_A_WORD = 3           # of a passkey: 1.5 with the bundled tokenizer, 2.7 with SmolLM2's
 
 
-def parts_of(planner: Planner, name: str, config: FitConfig) -> Parts:
+def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
     "What a stage holds on each GPU, and its checkpoints on the disk."
-    kind, _, of = name.partition("-")
+    kind, _, of = stage.partition("-")
     model, machine = planner.model, planner.machine or Machine("cpu")
     repairs = kind not in ("align", "gates")
     passes = planner.text if kind in ("align", "distill") else planner.books
@@ -168,11 +168,12 @@ def parts_of(planner: Planner, name: str, config: FitConfig) -> Parts:
     trained = hybrid if repairs else branches if kind == "align" else 0
     kept = model.weights.parameters * planner.dtype.itemsize + 4 * branches
     weights = kept + (4 * hybrid if repairs else 0)
-    states = 4 if getattr(config, "optimizer", "") == "muon" else 8
+    name = getattr(config, "optimizer", "adamw")
+    moments = moment_bytes(name, trained, no_matrices(model) if repairs else 0)
     copies = 2 if kind == "align" and config.accumulate > 1 else 1
 
     # what the step holds
-    format = planner.format(name, config)
+    format = planner.format(stage, config)
     rows = config.batch_size
     held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute)
     if format == torch.bfloat16: held += 2 * trained / machine.gpus
@@ -184,8 +185,8 @@ def parts_of(planner: Planner, name: str, config: FitConfig) -> Parts:
     share = 1 / machine.gpus
     return Parts(
         weights=share * weights, gradients=share * 4 * trained * copies,
-        optimizer=share * states * trained, activations=held, logits=logits,
-        disk=(config.keep + 1) * (4 + states) * trained,
+        optimizer=share * moments, activations=held, logits=logits,
+        disk=(config.keep + 1) * (4 * trained + moments),
         together=kind == "align" or config.accumulate > 1, again=again)
 
 # %% ../../nbs/540_measure.plan.ipynb #80bdd184
@@ -194,11 +195,11 @@ def plan_search(planner: Planner) -> list[StagePlan]:
     align, gates = planner.recipe.align, planner.recipe.gates
     teacher = planner.model.weights.parameters * planner.dtype.itemsize
     branches = sum(layer.branch_parameters for layer in planner.text.layers)
-    muon = align.optimizer == "muon"
+    moments = int(moment_bytes(align.optimizer, branches))
     first = planner.stage("align", align, planner.text.tokens, planner.text.align(),
-                       teacher + (12 if muon else 16) * branches)
+                       teacher + 8 * branches + moments)
     tokens, flops = first.tokens, first.flops
-    if muon: flops += align.steps * planner.text.muon
+    if align.optimizer == "muon": flops += align.steps * planner.text.muon
     # the start reads whole batches, two at least
     if align.start == "least-squares":
         batch = align.batch_size * planner.text.tokens
@@ -218,17 +219,21 @@ def plan_repair(planner: Planner, name: str, budget: int) -> list[StagePlan]:
     weights = planner.model.weights
     linear = planner.model.num_layers - budget
     added = sorted(mixer.parameters for mixer in planner.model.mixers)[:linear]
-    hybrid = 16 * (weights.parameters + sum(added))
+    trained = weights.parameters + sum(added)
     teacher = weights.parameters * planner.dtype.itemsize
     chunk = max(1, LOGITS // planner.model.config.get_text_config().vocab_size)
     planned = []
-    for verb, passes, memory in (("distill", planner.text, teacher + hybrid),
-                                 ("finetune", planner.books, hybrid)):
+    for verb, passes in (("distill", planner.text), ("finetune", planner.books)):
         config = getattr(planner.recipe, verb)
         if not config.steps: continue
+        moments = moment_bytes(config.optimizer, trained, no_matrices(planner.model))
+        memory = int(8 * trained + moments) + (teacher if verb == "distill" else 0)
         again = config.batch_size * (passes.tokens - (verb == "finetune")) > chunk
-        flops = getattr(passes, verb)(cheapest(passes, budget), again)
-        planned.append(planner.stage(f"{verb}-{name}", config, passes.tokens, flops, memory))
+        full = cheapest(passes, budget)
+        flops = getattr(passes, verb)(full, again)
+        stage = planner.stage(f"{verb}-{name}", config, passes.tokens, flops, memory)
+        steps = config.steps * muon_hybrid(planner.model, full) if config.optimizer == "muon" else 0
+        planned.append(replace(stage, flops=stage.flops + steps))
     return planned
 
 # %% ../../nbs/540_measure.plan.ipynb #8ca968d5

@@ -13,11 +13,11 @@ from .cost import (
     STRAIGHT, CostModel, meta_model, projection_sizes, visible_pairs)
 from ..model.hosts import attention_modules
 from ..model.mixers import MixerDims
-from ..train.least_squares import linear_layers
 from ..train.objective import Callback, FitResult
+from ..train.optimizers import linear_layers
 
 # %% auto #0
-__all__ = ['Spending', 'mixer_flops', 'muon_flops', 'Layer', 'layers_of', 'Passes', 'cheapest']
+__all__ = ['Spending', 'mixer_flops', 'muon_flops', 'muon_hybrid', 'Layer', 'layers_of', 'Passes', 'cheapest']
 
 # %% ../../nbs/530_measure.spend.ipynb #a654158b
 class Spending(Callback):
@@ -64,6 +64,12 @@ def muon_flops(*modules: nn.Module) -> int:
             small, large = sorted(layer.weight.shape)
             total += 5 * (4 * small**2 * large + 2 * small**3)
     return total
+
+
+def muon_hybrid(model: CostModel, full: Iterable[int]) -> int:
+    "FLOPs of one step of Muon for a hybrid with full attention in the layers `full`."
+    added = [muon_flops(mixer.mixer) for i, mixer in enumerate(model.mixers) if i not in full]
+    return muon_flops(meta_model(model.config).base_model) + sum(added)
 
 # %% ../../nbs/530_measure.spend.ipynb #f8f62cfc
 @dataclass(frozen=True)

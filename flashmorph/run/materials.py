@@ -24,7 +24,9 @@ from ..model.parts import check_full
 from ..model.teacher import check_length, load_teacher
 from .recipe import SIZES, STAGES, TABLES, Recipe, recipe_toml
 from ..selection import Selection, budget_or_quarter
+from ..train.optimizers import check_optimizer
 from ..train.resume import UNCOMPARED, as_earlier
+from ..train.together import processes
 
 # %% auto #0
 __all__ = ['mixed_rows', 'Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of',
@@ -108,6 +110,9 @@ def check_materials(materials: Materials) -> None:
     for _, attention in attention_modules(materials.teacher):
         check_full(attention, recipe.full_rope, recipe.logit_scale)
     check_lengths(recipe, materials.teacher)
+    for name in STAGES:
+        known = recipe[name].steps and "optimizer" in recipe[name].setting_names()
+        if known: check_optimizer(recipe[name]["optimizer"], name, processes().world)
     for stream in streams(materials): next(iter(stream))
 
 # %% ../../nbs/810_run.materials.ipynb #3d9f3eb8

@@ -4,78 +4,30 @@
 
 # %% ../../nbs/460_train.align.ipynb #7b77a96d
 from __future__ import annotations
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..data.batches import check_tokens, model_inputs, real_tokens
 from ..folder import Run
 from ..model.logits import host_of
 from ..model.morph import MorphableModel
 from ..settings import setting, takes
 from .fit import fit
-from .least_squares import least_squares, linear_layers
+from .least_squares import least_squares
 from flashmorph.train.objective import (
-    MOST, Callback, FitConfig, FitResult, Objective, flags_kept, stage_settings,
+    MOST, Callback, FitResult, Objective, WeightsConfig, flags_kept, stage_settings,
 )
+from .optimizers import OPTIMIZERS
 
 # %% auto #0
-__all__ = ['RATES', 'MuonAdamW', 'split_matrices', 'vocabulary', 'AlignObjective', 'AlignConfig', 'with_schedule', 'align']
-
-# %% ../../nbs/460_train.align.ipynb #84f4abd5
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for `matrices`, AdamW for all `others`, as one optimizer.
-
-    Muon's steps are scaled to the size that AdamW's have (arXiv 2502.16982), and both follow one
-    `lr`. The first of `betas`, which are AdamW's, is also Muon's momentum."""
-    def __init__(
-        self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float,
-        betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0,
-    ):
-        self.parts: list[torch.optim.Optimizer] = []
-        if matrices:
-            self.parts.append(torch.optim.Muon(
-                matrices, lr=lr, weight_decay=weight_decay, momentum=betas[0],
-                adjust_lr_fn="match_rms_adamw"))
-        if others:
-            self.parts.append(torch.optim.AdamW(
-                others, lr=lr, weight_decay=weight_decay, betas=betas))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-
-    def __getstate__(self) -> dict[str, Any]:
-        "What a copy keeps: an optimizer of torch forgets all but its groups and states."
-        return {**super().__getstate__(), "parts": self.parts}
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
-        for part, group in zip(self.parts, self.param_groups, strict=True):
-            # a restored optimizer has another group, and other states
-            part.param_groups = [group]
-            part.state = self.state
-            part.step()
-        return loss
-
-# %% ../../nbs/460_train.align.ipynb #790e4ec1
-RATES = {"muon": 2e-2, "adamw": 1e-3}       # learning rates
-
-
-def split_matrices(
-    module: nn.Module, parameters: Iterable[nn.Parameter]
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    "The parameters that are weights of linear layers in `module`, and all others."
-    weights = {id(layer.weight) for layer in linear_layers(module)}
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if id(parameter) in weights else others).append(parameter)
-    return matrices, others
+__all__ = ['RATES', 'vocabulary', 'AlignObjective', 'AlignConfig', 'with_schedule', 'align']
 
 # %% ../../nbs/460_train.align.ipynb #a374423a
+RATES = {name: 2e-2 if name == "muon" else 1e-3 for name in OPTIMIZERS}     # learning rates
+
+
 def vocabulary(model: Any) -> int:
     "How many token ids a model knows."
     embedding: Any = host_of(model).get_input_embeddings()
@@ -86,20 +38,17 @@ class AlignObjective(Objective):
     """Mean over layers of the distance between linear and full branch.
 
     Both branches see the teacher's own hidden states. With `start_tokens` the training begins
-    with `least_squares`, which also picks decays. `steps_by` is `"muon"` or `"adamw"`. Raises
-    `TypeError` unless the model has both branches."""
+    with `least_squares`, which also picks decays. Raises `TypeError` unless the model has both
+    branches."""
     def __init__(
         self, model: MorphableModel, relative: bool = True, start_tokens: int = 0,
-        steps_by: str = "adamw", pick_decays: bool = True,
+        pick_decays: bool = True,
     ):
         super().__init__()
-        if steps_by not in RATES:
-            raise ValueError(f"steps_by: expected one of {sorted(RATES)}, got {steps_by!r}")
         if not isinstance(model, MorphableModel):
             raise TypeError(f"expected a morphable model (see morph), got {type(model).__name__}")
         self.model, self.relative = model, relative
         self.start_tokens = start_tokens
-        self.steps_by = steps_by
         self.pick_decays = pick_decays
         model.requires_grad_(False)
         for layer in model.layers: layer.linear.requires_grad_(True)
@@ -114,13 +63,6 @@ class AlignObjective(Objective):
         found = least_squares(self.model, batches, self.start_tokens, self.together,
                               self.pick_decays)
         return {"loss": sum(found["layers"]) / len(found["layers"]), **found}
-
-    def optimizer(
-        self, parameters: Iterable[nn.Parameter], config: FitConfig
-    ) -> torch.optim.Optimizer:
-        if self.steps_by == "adamw": return super().optimizer(parameters, config)
-        parts = split_matrices(self, parameters)
-        return MuonAdamW(*parts, config.lr, config.betas, config.weight_decay)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         losses = self.model.alignment_losses(
@@ -137,15 +79,15 @@ class AlignObjective(Objective):
 
 # %% ../../nbs/460_train.align.ipynb #d6d8b146
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig(FitConfig):
-    """Settings of stage 1: those of `FitConfig`, the start, the optimizer, and the loss.
+class AlignConfig(WeightsConfig):
+    """Settings of stage 1: those of `WeightsConfig`, the start, and the loss.
 
     `start` is `"least-squares"` (see the chapter before; from `start_tokens` tokens, which come
     before those of the steps) or `"copy"`: the teacher's projections as they are. `pick_decays`:
-    the start also chooses how fast heads forget, if the mixer has decays to set. `optimizer` is
-    `"muon"` (`MuonAdamW`) or `"adamw"`. Without `lr` the rate is 2e-2 for Muon and 1e-3 for AdamW,
-    and less for fewer than ten steps; without `warmup` a tenth of the steps are warm-up, 50 at
-    most. `relative`: errors are divided by the energy of their target.
+    the start also chooses how fast heads forget, if the mixer has decays to set. Without `lr` the
+    rate is 2e-2 for Muon and 1e-3 for AdamW, and less for fewer than ten steps; without `warmup`
+    a tenth of the steps are warm-up, 50 at most. `relative`: errors are divided by the energy of
+    their target.
 
     The public recipe (arXiv 2601.22156) is `start="copy", optimizer="adamw"`: AdamW(0.9, 0.95),
     cosine from 1e-3 to 1e-5, clip 1."""
@@ -157,7 +99,7 @@ class AlignConfig(FitConfig):
     start: str = setting("least-squares", choices=("least-squares", "copy"))
     start_tokens: int = setting(4_000, low=1, high=MOST)
     pick_decays: bool = True
-    optimizer: str = setting("muon", choices=tuple(RATES))
+    optimizer: str = setting("muon", choices=OPTIMIZERS)
     relative: bool = True
 
     def complete(self) -> AlignConfig: return with_schedule(self)
@@ -201,8 +143,7 @@ def align(
     config, run = stage_settings(AlignConfig, config, settings, run)
     with flags_kept(model):
         tokens = config.start_tokens if config.start == "least-squares" else 0
-        objective = AlignObjective(model, config.relative, tokens, config.optimizer,
-                                   config.pick_decays)
+        objective = AlignObjective(model, config.relative, tokens, config.pick_decays)
         known = {"mixer": model.mixer, **(facts or {})}
         return fit(objective, data, config, stage=stage, run=run, resume=resume,
                    callbacks=callbacks, progress=progress, facts=known)

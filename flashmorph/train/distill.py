@@ -4,57 +4,25 @@
 
 # %% ../../nbs/470_train.distill.ipynb #1c4c3075
 from __future__ import annotations
-
-
 from collections.abc import Iterable, Mapping
-
-
 from dataclasses import dataclass
-
-
 from pathlib import Path
-
-
 from typing import Any
-
-
 import torch
-
-
 import torch.nn.functional as F
-
-
 from torch import Tensor, nn
-
-
 from transformers import PreTrainedModel
-
-
 from ..data.batches import check_tokens, model_inputs
-
-
 from ..folder import Run
-
-
 from ..model.hybrid import HybridForCausalLM
-
-
 from flashmorph.model.logits import (
     chunked_mean, divergence, hidden_states, host_of, logits_from_hidden, predicted, valid,
 )
-
-
 from ..settings import setting, takes
-
-
 from .align import vocabulary
-
-
 from .fit import fit
-
-
 from flashmorph.train.objective import (
-    MOST, Callback, FitConfig, FitResult, Objective, flags_kept, stage_settings, thaw,
+    MOST, Callback, FitResult, Objective, WeightsConfig, flags_kept, stage_settings, thaw,
 )
 
 # %% auto #0
@@ -127,8 +95,8 @@ class NextTokenObjective(Objective):
 
 # %% ../../nbs/470_train.distill.ipynb #868cc79c
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(FitConfig):
-    """Settings of stage 3: those of `FitConfig`, and the `temperature` of both distributions.
+class DistillConfig(WeightsConfig):
+    """Settings of stage 3: those of `WeightsConfig`, and the `temperature` of both distributions.
 
     The defaults follow arXiv 2606.30562 but for the number of steps."""
     table = "distill"
@@ -178,8 +146,8 @@ def distill(
 
 # %% ../../nbs/470_train.distill.ipynb #786c87fc
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(FitConfig):
-    """Settings of stage 4: those of `FitConfig`, and the `answer_weight`.
+class FinetuneConfig(WeightsConfig):
+    """Settings of stage 4: those of `WeightsConfig`, and the `answer_weight`.
 
     The learning rate is constant, 1e-5 (arXiv 2606.30562)."""
     table = "finetune"

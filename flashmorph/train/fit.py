@@ -15,6 +15,7 @@ from ..folder import Run, plain_name
 from ..model.recompute import recomputing
 from ..results import amount
 from .objective import Callback, FitConfig, FitResult, Objective
+from .optimizers import set_rate
 from .precision import what_trains
 from .shard import Worker, worker_of
 from .state import State, all_facts, fresh, restore, restore_optimizer, save
@@ -66,7 +67,7 @@ def one_step(state: State, worker: Worker, optimizer: Any) -> dict[str, Any]:
     c = state.config
     torch.manual_seed((c.seed * 1_000_003 + state.step) * 4096 + state.together.rank)
     rate = c.lr_at(state.step)
-    for group in optimizer.param_groups: group["lr"] = rate
+    set_rate(optimizer, rate)
     total, metrics = gradients(state, worker)
     norm = worker.clip(float("inf") if c.clip is None else c.clip)
     if not (math.isfinite(total) and math.isfinite(norm)):

@@ -16,12 +16,13 @@ from ..data.batches import first_rows, model_inputs, real_tokens
 from ..model.branches import MorphLayer, after_each
 from ..model.layers import LinearAttention
 from ..model.morph import MorphableModel, full_pass
+from .optimizers import linear_layers
 from .together import ALONE, Together
 
 # %% auto #0
 __all__ = ['RIDGES', 'DECAYS', 'CLEARLY', 'HELD_OUT', 'PICK_TOKENS', 'Moments', 'added', 'best_multiple', 'ridge_solution',
-           'best_ridge', 'linear_layers', 'Traced', 'run_traced', 'with_one', 'weight_of', 'assign', 'head_errors',
-           'decay_errors', 'best_decays', 'pick_decays', 'Gatherer', 'gather', 'least_squares']
+           'best_ridge', 'Traced', 'run_traced', 'with_one', 'weight_of', 'assign', 'head_errors', 'decay_errors',
+           'best_decays', 'pick_decays', 'Gatherer', 'gather', 'least_squares']
 
 # %% ../../nbs/450_train.least_squares.ipynb #fbaf7e74
 class Moments:
@@ -86,11 +87,6 @@ def best_ridge(fitted: Moments, held: Moments, near: Tensor) -> tuple[float, flo
     return ridge, errors[ridge]
 
 # %% ../../nbs/450_train.least_squares.ipynb #f2b70143
-def linear_layers(module: nn.Module) -> list[Any]:
-    "The linear layers in a module, those of GPT-2 among them."
-    return [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
-
-
 @dataclass
 class Traced:
     "The linear layer that made the output of a branch, and what it was given, `(B, T, D)`."

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from ..model.parts import idle_parameters
 from ..settings import Settings, setting
+from .optimizers import OPTIMIZERS, make_optimizer
 from .together import ALONE, Together
 
 # %% auto #0
-__all__ = ['MOST', 'C', 'COUNTS', 'FitConfig', 'stage_settings', 'token_count', 'with_steps', 'Objective', 'flags_kept', 'thaw',
-           'FitResult', 'Callback']
+__all__ = ['MOST', 'C', 'COUNTS', 'FitConfig', 'WeightsConfig', 'stage_settings', 'token_count', 'with_steps', 'Objective',
+           'flags_kept', 'thaw', 'FitResult', 'Callback']
 
 # %% ../../nbs/410_train.objective.ipynb #ef3ab6ea
 MOST = 10**9            # more steps or rows than anybody waits for
@@ -56,6 +57,16 @@ class FitConfig(Settings):
         done = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
         falling = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return self.lr_end + (self.lr - self.lr_end) * falling
+
+# %% ../../nbs/410_train.objective.ipynb #cfa56f30
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig(FitConfig):
+    """Settings of a stage that trains weights: those of `FitConfig`, and the `optimizer`.
+
+    `"adamw"`, `"adamw-fused"` (one kernel for all weights), `"adamw-8bit"` (torchao: 2 bytes of
+    moments for a weight instead of 8), or `"muon"` for the matrices, with AdamW for the rest at
+    the same `lr`."""
+    optimizer: str = setting("adamw", choices=OPTIMIZERS)
 
 # %% ../../nbs/410_train.objective.ipynb #7e581f5f
 C = TypeVar("C", bound=FitConfig)
@@ -125,9 +136,8 @@ class Objective(nn.Module):
         self, parameters: Iterable[nn.Parameter], config: FitConfig
     ) -> torch.optim.Optimizer:
         "What takes the steps; the loop sets the learning rate before each."
-        return torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        name = getattr(config, "optimizer", "adamw")
+        return make_optimizer(name, self, parameters, config.lr, config.betas, config.weight_decay)
 
     def share(self, name: str) -> float:
         "How much a mean of this batch weighs; 1 if all batches of the step have the same count."

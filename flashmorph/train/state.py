@@ -15,10 +15,11 @@ from ..ops.meter import PeakMemory
 from ..store import Checkpoints, load_strict, sync
 from .extend import settle
 from .objective import FitConfig, FitResult, Objective
+from .optimizers import check_optimizer, load_optimizer, optimizer_tensors
 from .pieces import read_piece_meta, read_pieces, save_pieces, stored
 from .precision import accelerator, promote
 from flashmorph.train.resume import (
-    Trace, check_events, check_finite, facts_of, fingerprint, load_optimizer, optimizer_tensors,
+    Trace, check_events, check_finite, facts_of, fingerprint,
 )
 from .shard import Worker, as_piece
 from .together import processes, rows_each
@@ -46,6 +47,8 @@ class State:
         self.config = config = config.complete()
         self.stage, self.run = stage, run
         self.together = processes()
+        name = getattr(config, "optimizer", "adamw")
+        check_optimizer(name, stage.split("-")[0], self.together.world)
         self.acc = accelerator(config, objective)
         objective.together = self.together
         self.writes = run is not None and self.together.rank == 0
