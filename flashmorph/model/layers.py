@@ -56,7 +56,7 @@ class LinearAttention(nn.Module):
         for module in mixer.modules(): setattr(module, "_is_hf_initialized", True)  # noqa: B010
 
     def forward(self, *args, linear_mask: Tensor | Packed | None, attention_mask: Any = None,
-                **kwargs):
+                context: Any = None, **kwargs):
         hidden = _input_of(args, kwargs)
         # the state in place of keys and values
         cache = find_cache(kwargs)
@@ -75,6 +75,9 @@ class LinearAttention(nn.Module):
                 return self.mixer(*qkvh, scale=scale, mask=mask, state=state, **more)
             if isinstance(linear_mask, Packed):
                 return linear_mask.apply(mix, (*qkv, hidden), self.mixer.resets)
+            # a piece of rows that several processes hold
+            if context is not None:
+                return mix((*qkv, hidden, linear_mask), None, context=context)[0]
             return run_mixer(mix, (*qkv, hidden, linear_mask), slot)
         output = self.attn(*args, attention_mask=None, mixer_call=mixer_call, **kwargs)
         return output if foreign is None else in_dtype(output, given)

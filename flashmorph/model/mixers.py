@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .parts import GatedNorm, MixerDims, convolve_heads, decays_for
 from .parts import lightning_log_decay, only_move, repeat_heads, unit_length
 from ..ops.conv import ShortConv, check_conv
-from ..ops.dispatch import gdn, gla, lightning
+from ..ops.context import Context, gdn, gla, in_context, lightning
 from ..settings import Rule, converted, expected
 from ..store import nearest
 
@@ -38,7 +38,7 @@ class Mixer(nn.Module):
     expand_kv = False                          # True: a key and a value head for each query head
     takes_decays = False                       # True: `set_decays` sets how fast heads forget
     norm_per_head = True                       # False: a norm runs over all heads
-    resets = False                             # True: `forward` takes `starts` of packed rows
+    resets = composes = False                  # True: takes `starts` of packed rows, `context`
 
     def __init__(self, dims: MixerDims):
         super().__init__()
@@ -137,9 +137,8 @@ def _check_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
         kind = known[option]
         try: checked[option] = converted(value, kind)
         except TypeError:
-            wanted = expected(kind, Rule())
-            raise ValueError(f"option {option} of mixer {name!r}: expected {wanted}, "
-                             f"got {value!r}") from None
+            raise ValueError(f"option {option} of mixer {name!r}: expected "
+                             f"{expected(kind, Rule())}, got {value!r}") from None
     cls.check_options(checked)
     return checked
 
@@ -197,18 +196,20 @@ class StateMixer(Mixer):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, *, scale: float,
                 mask: Tensor | None = None, state: State | None = None,
-                starts: Tensor | None = None) -> tuple[Tensor, State]:
+                starts: Tensor | None = None,
+                context: Context | None = None) -> tuple[Tensor, State]:
         dtype = v.dtype
         S, past = state if isinstance(state, tuple) else (state, None)
         if self.conv is not None:
-            (q, k, v), past = convolve_heads(self.conv, [q, k, v], mask, past, starts)
+            (q, k, v), past = convolve_heads(self.conv, [q, k, v], mask, past, starts, context)
         # a sum over tokens can be too large for float16
         if dtype == torch.float16: q, k, v = (x.float() for x in (q, k, v))
         # padding writes nothing
         real = None if mask is None else mask.to(torch.bool)[..., None]
         if real is not None: k = torch.where(real[..., None], k, 0)
         k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-        more = {} if starts is None else {"starts": starts}
+        given = (("starts", starts), ("context", context))
+        more = {name: x for name, x in given if x is not None}
         o, S = self.mix(q, k, v, hidden, real, scale, S, **more)
         o = self.norm(o, hidden).to(dtype)
         return o, S if past is None else (S, past)
@@ -218,6 +219,7 @@ class StateMixer(Mixer):
 class Lightning(StateMixer):
     "Lightning attention (arXiv 2401.04658): a constant decay per head, norm over all heads."
     norm_per_head = False
+    composes = True
     float32 = ("A_log",)
 
     def __init__(self, dims: MixerDims, *, conv: int = 0, rope: bool = True,
@@ -237,13 +239,13 @@ class Lightning(StateMixer):
             scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         log_decay = -self.A_log.detach().exp() if self.takes_decays else decays_for(q)
         if real is not None: log_decay = torch.where(real, log_decay, 0)
-        return lightning(q, k, v, log_decay, scale=scale, state=state, **more)
+        return in_context(lightning, q, k, v, log_decay, scale=scale, state=state, **more)
 
 # %% ../../nbs/300_model.mixers.ipynb #a6e95b3c
 @register_mixer("gla")
 class GLA(StateMixer):
     "Gated linear attention (arXiv 2312.06635): each token chooses a decay per channel."
-    takes_decays = True
+    takes_decays = composes = True
 
     def build(self, dims: MixerDims) -> None:
         self.decay_in = nn.Linear(dims.hidden_size, 16, bias=False)
@@ -260,18 +262,17 @@ class GLA(StateMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
             scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
-        logits = self.decay(self.decay_in(hidden)).float()
-        log_decay = F.logsigmoid(logits) / 16
+        log_decay = F.logsigmoid(self.decay(self.decay_in(hidden)).float()) / 16
         log_decay = log_decay.unflatten(-1, q.shape[2:])
         if real is not None: log_decay = torch.where(real[..., None], log_decay, 0)
-        return gla(q, k, v, log_decay, scale=scale, state=state, **more)
+        return in_context(gla, q, k, v, log_decay, scale=scale, state=state, **more)
 
 # %% ../../nbs/300_model.mixers.ipynb #247ebcb2
 @register_mixer("gdn")
 class GDN(StateMixer):
     "Gated DeltaNet (arXiv 2412.06464): a decay and a writing strength per token and head."
     float32 = ("A_log", "dt_bias")
-    takes_decays = True
+    takes_decays = composes = True
     unit = staticmethod(unit_length)
 
     def build(self, dims: MixerDims) -> None:
@@ -290,10 +291,9 @@ class GDN(StateMixer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, real: Tensor | None,
             scale: float, state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
-        rate = self.A_log.float().exp()
         step = F.softplus(self.a(hidden).float() + self.dt_bias.float())
-        log_decay = -rate * step
+        log_decay = -self.A_log.float().exp() * step
         if real is not None: log_decay = torch.where(real, log_decay, 0)
         beta = torch.sigmoid(self.b(hidden).float())
         q, k = self.unit(q), self.unit(k)
-        return gdn(q, k, v, log_decay, beta, scale=scale, state=state, **more)
+        return in_context(gdn, q, k, v, log_decay, beta, scale=scale, state=state, **more)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from ..ops.context import Context
 from ..ops.conv import ShortConv
 
 # %% ../../nbs/290_model.parts.ipynb #48e5aab7
@@ -99,10 +100,13 @@ def convolve_heads(
     mask: Tensor | None,  # `(B, T)`, 1 on real tokens
     past: Tensor | None,  # what the last call returned beside the heads
     starts: Tensor | None = None,  # `(B, T)`, true where a document begins
+    context: Context | None = None,  # of rows that are cut in pieces
 ) -> tuple[list[Tensor], Tensor]:  # shapes as they were, and the channels of recent tokens
     "`heads` after one convolution over all their channels."
     flat = [x.flatten(2) for x in heads]
-    out, past = conv(torch.cat(flat, -1), mask, past, starts)
+    joined = torch.cat(flat, -1)
+    if context is not None: past = context.past(joined, conv.weight.shape[1] - 1, mask, past)
+    out, past = conv(joined, mask, past, starts)
     parts = out.split([x.shape[2] for x in flat], -1)
     return [part.reshape(x.shape) for part, x in zip(parts, heads)], past
 
