@@ -3,6 +3,7 @@ from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 from small import save_teacher, small_recipe
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from flashmorph.model.morph import morph
 from flashmorph.model.teacher import load_teacher
 from flashmorph.run import cli
 from flashmorph.run.convert import convert
-from flashmorph.run.recipe import load_recipe, save_recipe
+from flashmorph.run.recipe import load_recipe, save_recipe, shipped_recipes
 from flashmorph.run.terminal import console
 from flashmorph.train.align import AlignConfig, AlignObjective
 from flashmorph.train.distill import DistillObjective, NextTokenObjective
@@ -179,6 +180,49 @@ def test_the_command_plans_and_warns():
     for wrong in (["--gpu", "h10"], ["--gpus", 0], ["--share", 2], ["--set", "align.tokens=x"]):
         done = planned("qwen3-0.6b", *wrong)
         assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_a_plan_is_readable_at_80_columns(name):
+    "Every line is a heading, a rule or a whole row, but for the sentence at the end."
+    made = plan(load_recipe(name), machine=Machine("h100", 1))
+    console = Console(width=80, force_jupyter=False)
+    with console.capture() as shown: console.print(made)
+    lines = [line.strip() for line in shown.get().splitlines() if line.strip()]
+    rows = [line for line in lines if line.startswith(("align", "gates", "distill", "finetune"))]
+    assert len(rows) == 2 * len(made.stages) == len(lines) - 4 - 2
+    for row, cells in zip(rows, [s.hours(made.machine) for s in made.stages], strict=False):
+        assert row.split() == " ".join(cells).split()
+    assert " ".join(lines[-2:]) == str(made)
+
+
+def test_steps_that_gpus_cannot_share_are_warned_of():
+    recipe = small_recipe("bundled", gates={"steps": 2, "batch_size": 2, "accumulate": 2},
+                          finetune={"steps": 2, "batch_size": 8})
+    lines = plan(recipe, machine=Machine("h100", 8)).warnings()
+    assert [line.split(":")[0] for line in lines] == ["align", "gates", "distill flashmorph"]
+    assert "a step of 4 rows (batch_size 2, accumulate 2) cannot be shared by 8" in lines[1]
+    assert plan(recipe, machine=Machine("h100", 2)).warnings() == []
+    # two hold one row each, as long as the step is the same
+    finetune = [plan(recipe, machine=Machine("h100", n)).stages[3].parts for n in (1, 8)]
+    assert 7.9 < finetune[0].activations / finetune[1].activations < 8.1
+
+
+@pytest.mark.parametrize("changes, ways", [
+    ({"batch_size": 10**5}, planning.WAYS), ({"batch_size": 10**5, "recompute": True}, (0, 2)),
+    ({"batch_size": 1}, (1, 2))])
+def test_a_warning_names_what_helps(monkeypatch, changes, ways):
+    "Smaller batches only where there is more than a row, and neither where weights need too much."
+    recipe = small_recipe("bundled", distill={"steps": 1, **changes}, passkeys={"length": 512},
+                          text={"length": 512})
+    taken = plan(recipe, machine=Machine("h100")).stages[2]
+    wanted = tuple(planning.WAYS[i] if isinstance(i, int) else i for i in ways)
+    for memory, found in ((taken.parts.lasting + 1, wanted), (taken.parts.lasting, wanted[-1:])):
+        monkeypatch.setitem(machines.GPUS, "h100", (1e12, memory))
+        made = plan(recipe, machine=Machine("h100"))
+        assert made.stages[2].ways == found
+        line = next(line for line in made.warnings() if line.startswith("distill"))
+        assert line.endswith(planning.in_words(found))
 
 
 def test_memory_follows_the_settings():

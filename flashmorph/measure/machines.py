@@ -7,10 +7,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 import torch
-from ..results import amount
+from ..results import amount, duration, stage_label
 
 # %% auto #0
-__all__ = ['GPUS', 'memory_here', 'Machine', 'Parts']
+__all__ = ['GPUS', 'WAYS', 'memory_here', 'Machine', 'Parts', 'in_words', 'StagePlan']
 
 # %% ../../nbs/537_measure.machines.ipynb #cb31db7d
 GPUS = {"h100": (989e12, 80e9), "h200": (989e12, 141e9), "a100": (312e12, 80e9),
@@ -38,7 +38,10 @@ class Machine:
             raise ValueError(f"share: expected more than 0 and at most 1, got {self.share!r}")
 
     @property
-    def memory(self) -> float: return memory_here() if self.gpu == "cpu" else GPUS[self.gpu][1]
+    def memory(self) -> float:
+        "Bytes for each process: of its GPU, or its part of a machine without one."
+        if self.gpu != "cpu": return GPUS[self.gpu][1]
+        return memory_here() / (1 if torch.cuda.is_available() else self.gpus)
     def rate(self, format: torch.dtype, here: float) -> float:
         "FLOPs a second, of all; `here` is this machine's rate."
         peak = here if self.gpu == "cpu" else GPUS[self.gpu][0]
@@ -58,6 +61,11 @@ class Parts:
     together: bool      # do gradients and activations exist at once?
     again: float = 0.0  # activations of one layer, which runs again after the loss
 
+    @property
+    def lasting(self) -> float:
+        "What is held for the whole stage, however few rows a step has."
+        return self.weights + self.gradients + self.optimizer
+
     def total(self) -> int:
         "The most at once: in the loss, in a layer that runs again, or with all gradients."
         passing = self.activations + max(self.logits, self.again)
@@ -67,5 +75,47 @@ class Parts:
 
     def row(self) -> list[str]:
         kinds = (self.weights, self.gradients, self.optimizer, self.activations + self.again,
-                 self.logits, self.disk)
+                 self.logits, self.total())
         return [amount(size, "bytes") if size else "" for size in kinds]
+
+# %% ../../nbs/537_measure.machines.ipynb #c4dfe5e7
+WAYS = ("a smaller batch_size with more accumulate", "recompute = true", "more GPUs")
+
+
+def in_words(ways: tuple[str, ...]) -> str:
+    "`a, b, or c`."
+    *some, last = ways
+    return f"{', '.join(some)}, or {last}" if some else last
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage takes at least; `memory` is in bytes, `rate` in FLOPs a second.
+
+    With `parts`, `memory` is not the least but what is predicted. `ways` lead to less memory, and
+    `refused` is why the GPUs cannot share a step, if so."""
+    stage: str
+    tokens: int
+    flops: int
+    memory: int
+    rate: float
+    parts: Parts | None = None
+    ways: tuple[str, ...] = WAYS
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float: return self.flops / self.rate
+    def row(self) -> list[str]:
+        speed = amount(self.tokens / self.seconds, "count") if self.flops else ""
+        counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
+        return [stage_label(self.stage), *counts, speed, duration(self.seconds),
+                amount(self.memory, "bytes")]
+
+    def hours(self, machine: Machine) -> list[str]:
+        counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
+        taken = f"{self.seconds * machine.gpus / 3600:,.3g}"
+        disk = amount(self.parts.disk, "bytes") if self.parts and self.parts.disk else ""
+        return [stage_label(self.stage), *counts, taken, duration(self.seconds), disk]
+
+    def held(self) -> list[str]:
+        return [stage_label(self.stage), *(self.parts.row() if self.parts else [])]

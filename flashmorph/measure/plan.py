@@ -10,11 +10,13 @@ from importlib.resources import files
 from typing import Any
 import torch
 from rich import box
+from rich.console import Group
 from rich.jupyter import JupyterMixin
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig
 from .cost import CostModel
-from .machines import Machine, Parts, memory_here
+from .machines import WAYS, Machine, Parts, StagePlan, in_words, memory_here
 from .memory import activations, logits_bytes, moment_bytes, no_matrices
 from .spend import Passes, cheapest, muon_hybrid
 from ..model.logits import LOGITS
@@ -25,10 +27,11 @@ from ..results import amount, duration, stage_label
 from ..selection import budget_or_quarter
 from ..train.objective import FitConfig
 from ..train.precision import gpu_has_bf16
+from ..train.together import rows_each
 
 # %% auto #0
-__all__ = ['AT_LEAST', 'ON_MACHINE', 'TOKENS_A_WORD', 'stage_dtype', 'StagePlan', 'Plan', 'Planner', 'parts_of', 'plan_search',
-           'plan_repair', 'teacher_config', 'plan', 'opening_lines']
+__all__ = ['AT_LEAST', 'TIMES', 'HELD', 'TOKENS_A_WORD', 'stage_dtype', 'table_of', 'Plan', 'shares', 'Planner', 'parts_of',
+           'plan_search', 'plan_repair', 'teacher_config', 'plan', 'opening_lines']
 
 # %% ../../nbs/540_measure.plan.ipynb #88c8422d
 def stage_dtype(config: FitConfig, frozen: torch.dtype, morphs: bool) -> torch.dtype:
@@ -37,35 +40,19 @@ def stage_dtype(config: FitConfig, frozen: torch.dtype, morphs: bool) -> torch.d
     return torch.bfloat16 if half and config.precision != "no" else torch.float32
 
 # %% ../../nbs/540_measure.plan.ipynb #e430351c
-AT_LEAST = ("stage", "tokens", "FLOPs", "tokens/s\nat most", "time\nat least", "memory\nat least")
-ON_MACHINE = ("stage", "tokens", "FLOPs", "GPU\nhours", "memory\neach", "weights", "gradi-\nents",
-              "opti-\nmizer", "activa-\ntions", "logits", "disk")
+AT_LEAST = ("tokens", "FLOPs", "tokens/s\nat most", "time\nat least", "memory\nat least")
+TIMES = ("tokens", "FLOPs", "GPU hours", "time", "disk")
+HELD = ("weights", "gradients", "optimizer", "activations", "logits", "at once")
 
-@dataclass(frozen=True)
-class StagePlan:
-    """What one stage takes at least; `memory` is in bytes, `rate` in FLOPs a second.
 
-    With `parts`, `memory` is not the least but what is predicted."""
-    stage: str
-    tokens: int
-    flops: int
-    memory: int
-    rate: float
-    parts: Parts | None = None
-
-    @property
-    def seconds(self) -> float: return self.flops / self.rate
-    def row(self) -> list[str]:
-        speed = amount(self.tokens / self.seconds, "count") if self.flops else ""
-        counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
-        return [stage_label(self.stage), *counts, speed, duration(self.seconds),
-                amount(self.memory, "bytes")]
-
-    def hours(self, machine: Machine) -> list[str]:
-        counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
-        taken = f"{self.seconds * machine.gpus / 3600:,.3g}"
-        parts = self.parts.row() if self.parts else []
-        return [stage_label(self.stage), *counts, taken, amount(self.memory, "bytes"), *parts]
+def table_of(names: tuple[str, ...], rows: list[list[str]], first: str = "stage") -> Table:
+    "A table of stages; `names` are those of all columns but the `first`."
+    gap = 1 if len(names) < 6 else 0            # 80 columns
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in names: table.add_column(name, justify="right", overflow="fold")
+    for row in rows: table.add_row(*row)
+    return table
 
 # %% ../../nbs/540_measure.plan.ipynb #08eabf72
 @dataclass(frozen=True)
@@ -75,37 +62,54 @@ class Plan(JupyterMixin):
     machine: Machine | None = None
 
     def warnings(self) -> list[str]:
-        "A line for each stage that needs more memory than there is."
+        "A line for each stage that needs more memory than there is, or cannot be shared."
         most = self.machine.memory if self.machine else memory_here()
         gpu = self.machine.gpu if self.machine else "cpu"
         where = "this machine" if gpu == "cpu" else f"a GPU ({gpu})"
-        advice = "a smaller batch_size with more accumulate, recompute = true, or more GPUs"
-        return [f"{stage_label(s.stage)} needs {amount(s.memory, 'bytes')} of memory and {where} "
-                f"has {amount(most, 'bytes')}: {advice}" for s in self.stages if s.memory > most]
+        lines = []
+        for s in self.stages:
+            name = stage_label(s.stage)
+            if s.refused: lines.append(f"{name}: {s.refused}")
+            if s.memory <= most: continue
+            lines.append(f"{name} needs {amount(s.memory, 'bytes')} of memory and {where} has "
+                         f"{amount(most, 'bytes')}: {in_words(s.ways)}")
+        return lines
 
-    def __str__(self) -> str:
+    def least(self, processes: int = 1) -> str:
+        "A line: what all stages take at least on this machine, in so many processes."
+        seconds = sum(stage.seconds for stage in self.stages) / processes
+        most = max(stage.memory for stage in self.stages) / processes
+        where = f"in each of {processes} processes " if processes > 1 else ""
+        return (f"{self.taken()}: at least {duration(seconds)} and {amount(most, 'bytes')} of "
+                f"memory {where}on this machine")
+
+    def taken(self) -> str:
         flops = sum(stage.flops for stage in self.stages)
         tokens = sum(stage.tokens for stage in self.stages)
+        return f"{amount(tokens, 'count')} tokens, {amount(flops, 'flops')}"
+
+    def __str__(self) -> str:
+        m = self.machine
+        if m is None: return self.least()
         seconds = sum(stage.seconds for stage in self.stages)
         most = max(stage.memory for stage in self.stages)
-        taken = f"{amount(tokens, 'count')} tokens, {amount(flops, 'flops')}"
-        m = self.machine
-        if m is None: return (f"{taken}: at least {duration(seconds)} and "
-                              f"{amount(most, 'bytes')} of memory on this machine")
         hours = f"{seconds * m.gpus / 3600:,.1f} hours of {m.gpu}"
-        return (f"{taken}: {hours} in {duration(seconds)} on {m.gpus}, at {m.share:.0%} of the "
-                f"peak; {amount(most, 'bytes')} of memory each")
+        return (f"{self.taken()}: {hours} in {duration(seconds)} on {m.gpus}, at {m.share:.0%} of "
+                f"the peak; {amount(most, 'bytes')} of memory each")
 
-    def __rich__(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=str(self),
-                      caption_justify="left")
-        names = AT_LEAST if self.machine is None else ON_MACHINE
-        for i, name in enumerate(names):
-            justify: Any = "right" if i else "left"
-            table.add_column(name, justify=justify, overflow="fold", no_wrap=not i)
-        for stage in self.stages:
-            table.add_row(*(stage.row() if self.machine is None else stage.hours(self.machine)))
-        return table
+    def __rich__(self) -> Group:
+        m = self.machine
+        line = Text(str(self), style="italic dim")
+        if m is None: return Group(table_of(AT_LEAST, [s.row() for s in self.stages]), line)
+        times = table_of(TIMES, [s.hours(m) for s in self.stages])
+        held = table_of(HELD, [s.held() for s in self.stages], "memory of each GPU")
+        return Group(times, held, line)
+
+# %% ../../nbs/540_measure.plan.ipynb #a1a97e01
+def shares(config: FitConfig, gpus: int) -> tuple[int, int, str]:
+    "The rows that each GPU takes at once, how often a step, and why not, if they cannot."
+    try: return *rows_each(config.batch_size, config.accumulate, gpus), ""
+    except ValueError as error: return config.batch_size, config.accumulate, str(error)
 
 # %% ../../nbs/540_measure.plan.ipynb #eb074c27
 class Planner:
@@ -129,7 +133,14 @@ class Planner:
         plain = StagePlan(name, rows * row, rows * flops, memory, rate)
         if self.machine is None: return plain
         parts = parts_of(self, name, config)
-        return replace(plain, memory=parts.total(), parts=parts)
+        at_once, _, refused = shares(config, self.machine.gpus)
+
+        # rows matter if what lasts has room
+        room = parts.lasting < self.machine.memory
+        helpful = (room and at_once > 1, room and not config.recompute)
+        ways = [way for way, helps in zip(WAYS, helpful) if helps]
+        return replace(plain, memory=parts.total(), parts=parts, ways=(*ways, WAYS[-1]),
+                       refused=refused)
 
     def format(self, name: str, config: FitConfig) -> torch.dtype:
         if self.machine and self.machine.gpu != "cpu":
@@ -170,11 +181,11 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
     weights = kept + (4 * hybrid if repairs else 0)
     name = getattr(config, "optimizer", "adamw")
     moments = moment_bytes(name, trained, no_matrices(model) if repairs else 0)
-    copies = 2 if kind == "align" and config.accumulate > 1 else 1
+    rows, times, _ = shares(config, machine.gpus)
+    copies = 2 if kind == "align" and times > 1 else 1
 
     # what the step holds
     format = planner.format(stage, config)
-    rows = config.batch_size
     held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute)
     if format == torch.bfloat16: held += 2 * trained / machine.gpus
     books = planner.recipe.passkeys
@@ -187,7 +198,7 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
         weights=share * weights, gradients=share * 4 * trained * copies,
         optimizer=share * moments, activations=held, logits=logits,
         disk=(config.keep + 1) * (4 * trained + moments),
-        together=kind == "align" or config.accumulate > 1, again=again)
+        together=kind == "align" or times > 1, again=again)
 
 # %% ../../nbs/540_measure.plan.ipynb #80bdd184
 def plan_search(planner: Planner) -> list[StagePlan]:
@@ -272,7 +283,7 @@ def plan(
     return Plan(tuple(stages), machine)
 
 # %% ../../nbs/540_measure.plan.ipynb #2b708358
-def opening_lines(recipe: Any, config: PreTrainedConfig) -> list[str]:
+def opening_lines(recipe: Any, config: PreTrainedConfig, processes: int = 1) -> list[str]:
     "What a run takes at least on this machine, and a warning for each stage that cannot fit."
-    here = plan(recipe, config, rate=1.0, machine=Machine("cpu"))
-    return [str(plan(recipe, config)), *here.warnings()]
+    here = plan(recipe, config, rate=1.0, machine=Machine("cpu", processes))
+    return [plan(recipe, config).least(processes), *here.warnings()]

@@ -22,17 +22,18 @@ from .materials import (
     Materials, check_materials, recipe_facts, sets_of, stage_facts, tidy)
 from .paths import named_paths, with_absolute_paths
 from .ranking import check_cut, rank_layers
-from .recipe import Recipe, load_recipe, save_recipe
+from .recipe import STAGES, Recipe, load_recipe, save_recipe
 from ..selection import Selection
 from ..show.report import write_report
 from ..store import first_process, read_json
 from ..train.align import align
 from ..train.distill import distill, finetune
 from ..train.fit import Callback
-from ..train.together import processes
+from ..train.together import processes, rows_each
 
 # %% auto #0
-__all__ = ['DONE', 'search', 'improve', 'repair', 'finished_results', 'finish', 'run_stages', 'start', 'go_on', 'convert']
+__all__ = ['DONE', 'search', 'improve', 'repair', 'check_shares', 'finished_results', 'finish', 'run_stages', 'start', 'go_on',
+           'convert']
 
 # %% ../../nbs/820_run.convert.ipynb #e4c38b9b
 def search(work: Conversion) -> tuple[MorphableModel, Selection]:
@@ -89,6 +90,15 @@ def repair(work: Conversion, model: MorphableModel, name: str) -> HybridForCausa
         improve(work, hybrid, name, "finetune", finetune, books)
     return hybrid
 
+# %% ../../nbs/820_run.convert.ipynb #b421e0d5
+def check_shares(recipe: Recipe, world: int) -> None:
+    "Raise `ValueError` if `world` processes cannot share the steps of a stage."
+    for name in STAGES:
+        config = recipe[name]
+        if not config.steps or (name == "gates" and recipe.method != "flashmorph"): continue
+        try: rows_each(config.batch_size, config.accumulate, world)
+        except ValueError as error: raise ValueError(f"{name}: {error}") from error
+
 # %% ../../nbs/820_run.convert.ipynb #8fcf8e5e
 def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
     "The results of a run, `None` if it is not finished. Raises `ValueError` for another recipe."
@@ -132,11 +142,12 @@ def start(
     "Begin a run. All is checked first; an old run is moved aside then, and deleted last."
     keep = named_paths(recipe)
     check_place(run.folder, overwrite, keep)
+    together = processes()
+    check_shares(recipe, together.world)
     materials = Materials(recipe)
     check_materials(materials)
-    for line in opening_lines(recipe, materials.teacher.config): say(line)
+    for line in opening_lines(recipe, materials.teacher.config, together.world): say(line)
     # nothing was touched until here
-    together = processes()
     together.wait()
     if first_process() and not is_free(run.folder): move_aside(run.folder, keep)
     with run.lock():
@@ -157,6 +168,8 @@ def go_on(
     recipe = recipe or stored
     done = finished_results(run, recipe)
     if done is not None: return done
+    together = processes()
+    check_shares(recipe, together.world)
     if first_process():
         for path in run.folder.glob(".hybrid.*.partial"): shutil.rmtree(path)
     materials = Materials(recipe)
@@ -164,7 +177,6 @@ def go_on(
 
     # facts first: the recipe is written only if the run can go on with it
     first_edition = not run.path("run.json").exists()
-    together = processes()
     together.wait()
     if first_process(): run.start()
     together.wait()
