@@ -281,7 +281,7 @@ def test_rows_that_cannot_be_shared_are_refused():
     with pytest.raises(ValueError, match="cannot be shared by 3 processes"): rows_each(8, 1, 3)
 
 
-def refused(folder, recipe, **how):
+def refuse(folder, recipe, **how):
     "Convert as all processes of a launcher do, and note the error."
     with pytest.raises(ValueError) as error: convert(recipe, folder / "run", progress=False, **how)
     (folder / f"error{os.environ.get('RANK')}").write_text(str(error.value))
@@ -294,7 +294,7 @@ class PowerCut(fm.Callback):
 
 def test_a_stage_that_cannot_be_shared_is_refused_before_any_is_trained(tmp_path):
     recipe = Recipe(**RECIPE | {"finetune": {"steps": 1, "batch_size": 1, "accumulate": 3}})
-    processes(2, refused, tmp_path, recipe)
+    processes(2, refuse, tmp_path, recipe)
     for i in range(2):
         message = (tmp_path / f"error{i}").read_text()
         assert message.startswith("finetune: a step of 3 rows") and "by 2 processes" in message
@@ -303,5 +303,5 @@ def test_a_stage_that_cannot_be_shared_is_refused_before_any_is_trained(tmp_path
     with pytest.raises(KeyboardInterrupt):
         convert(recipe, tmp_path / "run", progress=False, callbacks=[PowerCut()])
     before = sorted((tmp_path / "run").rglob("*"))
-    processes(2, partial(refused, resume=True), tmp_path, None)
+    processes(2, partial(refuse, resume=True), tmp_path, None)
     assert sorted((tmp_path / "run").rglob("*")) == before
