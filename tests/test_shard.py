@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 import flashmorph as fm
 from flashmorph.run.convert import convert
-from flashmorph.run.recipe import Recipe
+from flashmorph.run.recipe import Recipe, save_recipe
 from flashmorph.train.together import rows_each
 
 STEPS, VOCAB = 20, 61
@@ -305,3 +307,35 @@ def test_a_stage_that_cannot_be_shared_is_refused_before_any_is_trained(tmp_path
     before = sorted((tmp_path / "run").rglob("*"))
     processes(2, partial(refuse, resume=True), tmp_path, None)
     assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+FSDP = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}
+mixed_precision: bf16
+use_cpu: true
+num_machines: 1
+machine_rank: 0
+num_processes: 2
+"""
+
+
+def test_a_launcher_with_a_configuration_of_its_own_makes_the_same_hybrid(tmp_path):
+    "`accelerate launch`, whose FSDP and whose precision are not ours, equals one process."
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    save_recipe(Recipe(**RECIPE), tmp_path / "small.toml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["accelerate.commands.launch", "--config_file", "fsdp.yaml", "--main_process_port",
+              port, "-m", "flashmorph"]
+    for name, program in (("one", ["flashmorph"]), ("two", launch)):
+        command = [sys.executable, "-m", *program, "convert", "small.toml", "--out", name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("in each of 2 processes" in done.stdout) == (name == "two")
+    one, two = (fm.HybridForCausalLM.from_pretrained(tmp_path / x / "hybrid")
+                for x in ("one", "two"))
+    assert one.config.full_layers == two.config.full_layers
+    assert far(weights(two), weights(one)) < TOL

@@ -41,15 +41,15 @@ def counted(tokens: int) -> str:
 
 
 def recipes_table(**options: Any) -> Table:
-    "All recipes that come with the package: name, teacher, tokens of the stages, purpose."
+    "All recipes that come with the package: name, tokens of the stages, purpose."
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **options)
-    for name in ("recipe", "teacher", *ROWS, "for"):
+    for name in ("recipe", *ROWS, "for"):
         justify: Any = "right" if name in ROWS else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in (*ROWS, "recipe"))
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "for")
     for name, path in shipped_recipes().items():
         recipe = load_recipe(path)
         tokens = map(counted, stage_tokens(recipe).values())
-        table.add_row(name, recipe.teacher.split("/")[-1], *tokens, purpose(path))
+        table.add_row(name, *tokens, purpose(path))
     return table
 
 # %% ../../nbs/855_run.recipes.ipynb #c80631fb
