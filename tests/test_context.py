@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_shard import far, processes
+from small import Stop
+from test_shard import books, far, processes, rank, teacher, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flashmorph as fm
@@ -151,3 +152,92 @@ def test_hybrids_on_pieces(world):
     processes(world, check_hybrids)
 
 
+
+
+STEPS = 10
+COMMON = {"progress": False, "steps": STEPS, "batch_size": 4}
+
+
+def stages(cut=1, all_kinds=True):
+    "Losses and weights of stages whose rows are cut into pieces, by name."
+    rows, found = books(4 * STEPS), {}
+    # 24 tokens in 4 pieces of 6; the last rows have a piece that is padding alone
+    for row in rows[-4:]: row["attention_mask"][11:] = 0
+    common = {**COMMON, "context_parallel": cut}
+    for mixer, relative in (("gdn(conv=4)", True), ("lightning", False))[:2 if all_kinds else 1]:
+        model = fm.morph(teacher(), mixer)
+        start = "least-squares" if relative else "copy"
+        result = fm.align(model, rows, start=start, start_tokens=600, relative=relative,
+                          optimizer="adamw", **common)
+        found[f"align, {mixer}"] = (result.losses, weights(model))
+    hybrid = fm.morph(teacher(), "gla(conv=2)").commit([1])
+    result = fm.distill(hybrid, teacher(), rows, recompute=True, **common)
+    found["distill"] = (result.losses, weights(hybrid))
+    if all_kinds:
+        # 23 tokens, which two processes do not divide
+        short = [{name: x[:23] for name, x in row.items()} for row in rows]
+        hybrid = fm.morph(teacher(), "gdn").commit([0], logit_scale=100.0)
+        result = fm.finetune(hybrid, short, answer_weight=0.5, accumulate=2, **common)
+        found["finetune"] = (result.losses, weights(hybrid))
+    return found
+
+
+def write_stages(file, cut, all_kinds):
+    found = stages(cut, all_kinds)
+    if rank() == 0: torch.save(found, file)
+
+
+@pytest.fixture(scope="module")
+def alone(): return stages()
+
+
+# two pieces; two groups of two pieces; four pieces
+@pytest.mark.parametrize("world, cut", [(2, 2), (4, 2), (4, 4)])
+def test_stages_equal_those_on_whole_rows(world, cut, alone, tmp_path):
+    processes(world, write_stages, tmp_path / "found", cut, world == cut)
+    found = torch.load(tmp_path / "found")
+    assert len(found) == (4 if world == cut else 2)
+    for name, (losses, end) in found.items():
+        expect, expect_end = alone[name]
+        worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expect, strict=True))
+        assert len(losses) >= STEPS and worst < 1e-5, (name, worst)
+        assert far(end, expect_end) < 1e-5, name
+
+
+def half_a_stage(folder, cut, stop):
+    "Stage 3 of four steps, in pieces, which stops after two or goes on from there."
+    hybrid = fm.morph(teacher(), "gdn(conv=4)").commit([1])
+    own = {"steps": 4, "context_parallel": cut, "callbacks": [Stop("distill", 2)] if stop else []}
+    more = {"run": folder, "resume": True} if folder else {}
+    result = fm.distill(hybrid, teacher(), books(16), **COMMON | own, save_every=1, **more)
+    return result.losses, weights(hybrid)
+
+
+def stop_on_pieces(folder, cut):
+    with pytest.raises(KeyboardInterrupt): half_a_stage(folder, cut, stop=True)
+
+
+def test_a_stage_on_pieces_goes_on_with_whole_rows(tmp_path):
+    processes(2, stop_on_pieces, tmp_path / "run", 2)
+    losses, end = half_a_stage(tmp_path / "run", 1, stop=False)
+    expect, expect_end = half_a_stage(None, 1, stop=False)
+    assert far(losses, expect) < 1e-5 and far(end, expect_end) < 1e-5
+
+
+def refused(message, **settings):
+    hybrid = fm.morph(teacher(), "gdn").commit([1])
+    with pytest.raises(ValueError, match=message):
+        fm.distill(hybrid, teacher(), **COMMON | {"data": books(8)} | settings)
+
+
+def refuse():
+    "What cannot be cut, on two processes that both have to notice."
+    refused("2 processes cannot form groups of 3", context_parallel=3)
+    packed = [{**row, "position_ids": torch.arange(24) % 12} for row in books(8)]
+    for row in packed: del row["attention_mask"]
+    refused("packed rows cannot be cut", context_parallel=2, data=packed)
+
+
+def test_what_cannot_be_cut_is_refused():
+    processes(2, refuse)
+    refused("1 processes cannot form groups of 2", context_parallel=2)

@@ -4,9 +4,10 @@
 
 # %% ../../nbs/535_measure.memory.ipynb #47c4d78e
 from __future__ import annotations
-import copy
+import copy, math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Barrier
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..model.hosts import attention_modules
 from ..model.logits import LOGITS
 from ..model.mixers import MixerDims
 from ..model.parts import own_config
+from ..ops.context import Thread
 
 # %% auto #0
 __all__ = ['SHAPES', 'TABLES_HELD', 'MOMENTS', 'Saved', 'NoValues', 'nothing_saved', 'few_layers', 'decoder_saved',
@@ -96,17 +98,24 @@ def decoder_saved(
     return saved.bytes, seen[1] - seen[0]
 
 # %% ../../nbs/535_measure.memory.ipynb #06acc2c2
-def softmax_saved(dims: MixerDims, rows: int, tokens: int, dtype: torch.dtype) -> int:
-    "Bytes that softmax attention saves: queries, keys, values, output, a sum for each query."
+def softmax_saved(
+    dims: MixerDims, rows: int, tokens: int, dtype: torch.dtype, pieces: int = 1
+) -> int:
+    """Bytes that softmax attention saves: queries, keys, values, output, a sum for each query.
+
+    Of `pieces` of `tokens` tokens each: those of the last, which keeps all keys and values."""
     wide = dims.num_heads * (dims.head_dim + dims.value_dim)
     narrow = dims.num_kv_heads * (dims.head_dim + dims.value_dim)
-    return rows * tokens * ((wide + narrow) * dtype.itemsize + 4 * dims.num_heads)
+    return rows * tokens * ((wide + pieces * narrow) * dtype.itemsize + 4 * dims.num_heads)
 
 
-def mixer_saved(mixer: MixerCost, tokens: int, dtype: torch.dtype, trains: bool) -> float:
+def mixer_saved(
+    mixer: MixerCost, tokens: int, dtype: torch.dtype, trains: bool, pieces: int = 1
+) -> float:
     "Bytes that a mixer saves for a row; beyond `STRAIGHT` tokens they grow along a line."
     if tokens > STRAIGHT:
-        half, whole = (mixer_saved(mixer, n, dtype, trains) for n in (STRAIGHT // 2, STRAIGHT))
+        half, whole = (mixer_saved(mixer, n, dtype, trains, pieces)
+                       for n in (STRAIGHT // 2, STRAIGHT))
         return whole + (whole - half) * (tokens - STRAIGHT) / (STRAIGHT // 2)
     dims = mixer.dims
     sizes = ((dims.num_heads, dims.head_dim), (dims.num_kv_heads, dims.head_dim),
@@ -115,7 +124,9 @@ def mixer_saved(mixer: MixerCost, tokens: int, dtype: torch.dtype, trains: bool)
     mixer.mixer.requires_grad_(trains)
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     with torch.enable_grad(), Saved(mixer.mixer.parameters()) as saved, bf16:
-        mixer.mixer(q, k, v, hidden, scale=1.0, state=None)
+        # a thread by itself saves what a process does, but for the other processes' states
+        alone = {"context": Thread(0, 1, Barrier(1), [None])} if pieces > 1 else {}
+        mixer.mixer(q, k, v, hidden, scale=1.0, state=None, **alone)
     return saved.bytes
 
 # %% ../../nbs/535_measure.memory.ipynb #9a9bcf96
@@ -131,14 +142,16 @@ class Layers:
 
 
 def layers_saved(
-    model: CostModel, rows: int, tokens: int, dtype: torch.dtype, trains: bool
+    model: CostModel, rows: int, tokens: int, dtype: torch.dtype, trains: bool, pieces: int = 1
 ) -> Layers:
-    "What the layers of a teacher save; `trains`: gradients of their weights, not of gates alone."
+    """What the layers of a teacher save, of rows or of `pieces` of rows.
+
+    `trains`: gradients of their weights, not of gates alone."""
     arguments = rows, tokens, dtype, trains
     (one, attention), (two, _) = (decoder_saved(model.config, n, *arguments) for n in (1, 2))
     rest = two - one
-    full = rest + softmax_saved(model.dims[0], rows, tokens, dtype)
-    mixer = rows * mixer_saved(model.mixers[0], tokens, dtype, trains)
+    full = rest + softmax_saved(model.dims[0], rows, tokens, dtype, pieces)
+    mixer = rows * mixer_saved(model.mixers[0], tokens, dtype, trains, pieces)
     branch = attention + mixer
     config = few_layers(model.config, 1)
     hidden = rows * tokens * config.hidden_size
@@ -151,13 +164,14 @@ def layers_saved(
 
 def activations(
     model: CostModel, kind: str, rows: int, tokens: int, dtype: torch.dtype, full: int = 0,
-    again: bool = False,
+    again: bool = False, pieces: int = 1,
 ) -> tuple[float, float]:
-    """Bytes of activations of a step on `rows` rows: what stands when the loss is computed, and,
-    with `again`, a layer that runs again after it. `kind` is `align`, `gates`, or another stage,
-    which has `full` full layers."""
+    """Bytes of activations of a step on `rows` rows, or on one of `pieces` of their tokens: what
+    stands when the loss is computed, and, with `again`, a layer that runs again after it. `kind`
+    is `align`, `gates`, or another stage, which has `full` full layers."""
     L = model.num_layers
-    saved = layers_saved(model, rows, tokens, dtype, trains=kind != "gates")
+    tokens = math.ceil(tokens / pieces)
+    saved = layers_saved(model, rows, tokens, dtype, kind != "gates", pieces)
     if kind == "align": return max(saved.branch + 6 * saved.hidden, saved.inner), 0.0
     layers = L * saved.mixed if kind == "gates" else full * saved.full + (L - full) * saved.linear
     return (L * saved.hidden, layers / L) if again else (layers, 0.0)

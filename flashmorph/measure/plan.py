@@ -108,7 +108,7 @@ class Plan(JupyterMixin):
 # %% ../../nbs/540_measure.plan.ipynb #a1a97e01
 def shares(config: FitConfig, gpus: int) -> tuple[int, int, str]:
     "The rows that each GPU takes at once, how often a step, and why not, if they cannot."
-    try: return *rows_each(config.batch_size, config.accumulate, gpus), ""
+    try: return *rows_each(config.batch_size, config.accumulate, gpus, config.context_parallel), ""
     except ValueError as error: return config.batch_size, config.accumulate, str(error)
 
 # %% ../../nbs/540_measure.plan.ipynb #eb074c27
@@ -186,11 +186,13 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
 
     # what the step holds
     format = planner.format(stage, config)
-    held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute)
+    pieces = config.context_parallel
+    held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute,
+                              pieces)
     if format == torch.bfloat16: held += 2 * trained / machine.gpus
     books = planner.recipe.passkeys
     answers = books.keys * books.words_per_key * TOKENS_A_WORD
-    predicted = rows * (answers if kind == "gates" else passes.tokens)
+    predicted = rows * (answers if kind == "gates" else math.ceil(passes.tokens / pieces))
     logits = logits_bytes(model.config, kind, predicted)
     if repairs: logits += 4 * model.weights.head
     share = 1 / machine.gpus

@@ -254,8 +254,8 @@ def branch_error(
 ) -> Tensor:  # a float32 number
     """Mean over valid tokens of `||output - target||^2`.
 
-    `relative`: the sum of these, divided by the sum of `||target||^2`, of all processes' tokens if
-    `mean` is given."""
+    `relative`: the sum of these, divided by the sum of `||target||^2`. With a `mean` the divisor is
+    that of all processes, so that the mean of their results is the result for all tokens."""
     output, target = output.float(), target.float()
 
     def total(x: Tensor) -> Tensor:
@@ -264,7 +264,8 @@ def branch_error(
 
     error = total(output - target)
     if relative: return error / mean(total(target)).clamp(min=1e-30)
-    return error / (target[..., 0].numel() if valid is None else valid.sum().clamp(min=1))
+    tokens = torch.ones_like(target[..., 0]) if valid is None else valid.float()
+    return error / mean(tokens.sum()).clamp(min=1e-30)
 
 # %% ../../nbs/350_model.branches.ipynb #a7a5fd17
 class Finished(torch.autograd.Function):

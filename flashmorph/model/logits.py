@@ -91,15 +91,17 @@ def chunked_mean(
     vocab_size: int,
     *tensors: Tensor,  # N rows each
 ) -> Tensor:
-    "Mean of `loss` over N rows, a chunk at a time, recomputed in the backward pass."
+    """Mean of `loss` over N rows, a chunk at a time, recomputed in the backward pass.
+
+    Of no rows it is 0, with gradients of 0: other processes may have some."""
     n = len(tensors[0])
     size = max(1, LOGITS // vocab_size)
     total = torch.zeros((), device=tensors[0].device)
-    for start in range(0, n, size):
+    for start in range(0, max(n, 1), size):
         rows = [t[start:start + size] for t in tensors]
         part = checkpoint(loss, *rows, use_reentrant=False) if n > size else loss(*rows)
         total = total + part
-    return total / n
+    return total / max(n, 1)
 
 # %% ../../nbs/380_model.logits.ipynb #8d766da6
 def divergence(

@@ -96,7 +96,8 @@ def check_shares(recipe: Recipe, world: int) -> None:
     for name in STAGES:
         config = recipe[name]
         if not config.steps or (name == "gates" and recipe.method != "flashmorph"): continue
-        try: rows_each(config.batch_size, config.accumulate, world)
+        size = config.context_parallel
+        try: rows_each(config.batch_size, config.accumulate, world, size)
         except ValueError as error: raise ValueError(f"{name}: {error}") from error
 
 # %% ../../nbs/820_run.convert.ipynb #8fcf8e5e

@@ -28,7 +28,7 @@ from ..train.objective import FitConfig, with_steps
 
 # %% auto #0
 __all__ = ['STAGES', 'TABLES', 'COMPARE', 'SIZES', 'ROWS', 'WHERE', 'inherited', 'row_tokens', 'table_kind', 'ranking_table',
-           'check_compare', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape',
+           'check_compare', 'check_pieces', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape',
            'recipe_from_dict', 'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml',
            'save_recipe']
 
@@ -108,6 +108,17 @@ def check_compare(methods: tuple[str, ...]) -> None:
         raise ValueError(f"compare: each method once, please; got {list(methods)}")
 
 # %% ../../nbs/800_run.recipe.ipynb #77c485c5
+def check_pieces(recipe: Recipe) -> None:
+    "Raise `ValueError` if a stage cuts rows into pieces that cannot be cut."
+    cut = [name for name in STAGES if recipe[name].context_parallel > 1]
+    if cut and not mixer_class(recipe.mixer).composes:
+        raise ValueError(f"{cut[0]}.context_parallel: the mixer {recipe.mixer} cannot pass states "
+                         "between pieces of a row; set it to 1, or use lightning, gla or gdn")
+    if recipe.text.packed and {"align", "distill"} & {*cut}:
+        raise ValueError(f"{cut[0]}.context_parallel: packed rows cannot be cut into pieces; set "
+                         "it to 1, or text.packed to false")
+
+
 def check_recipe(recipe: Recipe) -> None:
     "Raise `ValueError` if values of a recipe do not go together."
     mixer_class(recipe.mixer)
@@ -118,6 +129,7 @@ def check_recipe(recipe: Recipe) -> None:
                          f"{recipe.rank['budget']}: leave it out")
     if recipe.method == "flashmorph" and not recipe.gates.steps:
         raise ValueError("gates.steps: expected at least 1, because the gates choose the layers")
+    check_pieces(recipe)
     for name in TABLES:
         if getattr(recipe[name], "seed", 0):
             raise ValueError(f"{name}.seed: a recipe has one `seed` for all stages")

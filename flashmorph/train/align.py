@@ -40,6 +40,8 @@ class AlignObjective(Objective):
     Both branches see the teacher's own hidden states. With `start_tokens` the training begins
     with `least_squares`, which also picks decays. Raises `TypeError` unless the model has both
     branches."""
+    in_pieces = True
+
     def __init__(
         self, model: MorphableModel, relative: bool = True, start_tokens: int = 0,
         pick_decays: bool = True,
@@ -67,11 +69,10 @@ class AlignObjective(Objective):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         losses = self.model.alignment_losses(
             **model_inputs(batch), relative=self.relative, mean=self.together.mean)
-        share, usual = self.share("tokens"), self.usual_share("tokens")
-        # relative errors are shares of the energy of all processes
-        if self.relative: share = usual
-        layers = self.together.mean(losses.detach() * (share / usual)).tolist()
-        return losses.mean() * share, {"layers": [round(loss, 6) for loss in layers]}
+        layers = self.together.mean(losses.detach()).tolist()
+        # the losses are shares of what all processes have
+        found = {"layers": [round(loss, 6) for loss in layers]}
+        return losses.mean() * self.usual_share("tokens"), found
 
     def frozen(self) -> dict[str, Tensor]:
         "The teacher's weights; the gates play no part."

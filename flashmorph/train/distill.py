@@ -26,11 +26,14 @@ from flashmorph.train.objective import (
 )
 
 # %% auto #0
-__all__ = ['DistillObjective', 'NextTokenObjective', 'DistillConfig', 'hybrid_facts', 'distill', 'FinetuneConfig', 'finetune']
+__all__ = ['DistillObjective', 'following', 'NextTokenObjective', 'DistillConfig', 'hybrid_facts', 'distill', 'FinetuneConfig',
+           'finetune']
 
 # %% ../../nbs/470_train.distill.ipynb #fe8c08be
 class DistillObjective(Objective):
     "KL from the frozen teacher to the hybrid, mean over valid tokens."
+    in_pieces = True
+
     def __init__(self, hybrid: nn.Module, teacher: PreTrainedModel, temperature: float = 1.0):
         super().__init__()
         if temperature <= 0:
@@ -57,10 +60,22 @@ class DistillObjective(Objective):
         return loss * self.share("tokens"), {}
 
 # %% ../../nbs/470_train.distill.ipynb #b4ca3dcb
+def following(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of each token of a batch, `(B, T)`: `targets`, the next token; `predicts`, whether it counts;
+    and `answered`, whether it is an answer, of rows with answers."""
+    if "targets" in batch: return batch                 # a piece of rows
+    found = {"targets": F.pad(batch["input_ids"][:, 1:], (0, 1)),
+             "predicts": F.pad(predicted(batch), (0, 1))}
+    if "answers" in batch: found["answered"] = F.pad(batch["answers"][:, 1:] > 0, (0, 1))
+    return found
+
+
 class NextTokenObjective(Objective):
     """Next-token cross-entropy, mean over valid tokens.
 
     Plus `answer_weight` times its mean over answer tokens, where rows have answers."""
+    in_pieces = True
+
     def __init__(self, model: nn.Module, answer_weight: float = 0.0):
         super().__init__()
         self.model, self.answer_weight = model, answer_weight
@@ -72,17 +87,21 @@ class NextTokenObjective(Objective):
         if not predicted(batch).any():
             raise ValueError("a batch without a token to predict: rows need two tokens or more")
 
+    def before_cut(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**batch, **following(batch)}
+
     def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        where = predicted(batch)
-        answers = (batch["answers"][:, 1:] > 0) & where if "answers" in batch else where[:0]
-        return {"tokens": int(where.sum()), "answers": int(answers.sum())}
+        after = following(batch)
+        answers = after.get("answered", torch.zeros(())).logical_and(after["predicts"])
+        return {"tokens": int(after["predicts"].sum()), "answers": int(answers.sum())}
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        ids, where = batch["input_ids"], predicted(batch)
-        hidden = hidden_states(self.model, **model_inputs(batch))[:, :-1]
-        weight = torch.ones_like(ids[:, 1:], dtype=torch.float32)[where] * self.share("tokens")
-        if self.answer_weight and "answers" in batch:
-            answers = (batch["answers"][:, 1:] > 0)[where]
+        after = following(batch)
+        where = after["predicts"]
+        hidden = hidden_states(self.model, **model_inputs(batch))
+        weight = torch.ones_like(where, dtype=torch.float32)[where] * self.share("tokens")
+        if self.answer_weight and "answered" in after:
+            answers = after["answered"][where]
             each = len(answers) / answers.sum().clamp_min(1)
             weight = weight + self.answer_weight * answers * each * self.share("answers")
         with logits_from_hidden(self.model) as logits:
@@ -90,7 +109,7 @@ class NextTokenObjective(Objective):
             def nll(h: Tensor, y: Tensor, w: Tensor) -> Tensor:
                 return (F.cross_entropy(logits(h).float(), y, reduction="none") * w).sum()
 
-            targets = ids[:, 1:][where]
+            targets = after["targets"][where]
             return chunked_mean(nll, self.vocab_size, hidden[where], targets, weight), {}
 
 # %% ../../nbs/470_train.distill.ipynb #868cc79c

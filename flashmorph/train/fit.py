@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..folder import Run, plain_name
+from ..model.context import context_parallel, piece_of
 from ..model.recompute import recomputing
 from ..results import amount
 from .objective import Callback, FitConfig, FitResult, Objective
@@ -28,7 +29,7 @@ __all__ = ['on_device', 'micro_batches', 'gradients', 'one_step', 'tell', 'first
 def on_device(state: State, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "A batch on the device of the training; its tokens are counted."
     ids = batch.get("input_ids")
-    state.tokens += 0 if ids is None else ids.numel() * state.together.world
+    state.tokens += 0 if ids is None else ids.numel() * state.readers.world
     return {key: value.to(state.acc.device) for key, value in batch.items()}
 
 
@@ -36,7 +37,8 @@ def micro_batches(state: State, objective: Objective) -> Iterator[dict[str, Tens
     "The batches of one step, on the device; sets the `shares` of the objective for each."
     batches = [state.batches.next() for _ in range(state.times)]
     for batch in batches: objective.check(batch)
-    counts = [objective.counts(batch) for batch in batches]
+    if state.context: batches = [objective.before_cut(batch) for batch in batches]
+    counts = [objective.counts(piece_of(batch, state.context)) for batch in batches]
     # the mean count of a batch, over this step and all processes
     means = {}
     for name in counts[0]:
@@ -44,7 +46,7 @@ def micro_batches(state: State, objective: Objective) -> Iterator[dict[str, Tens
         means[name] = float(state.together.mean(torch.tensor(mean, dtype=torch.float64)))
     for batch, count in zip(batches, counts):
         objective.shares = {name: count[name] / mean for name, mean in means.items() if mean}
-        yield on_device(state, batch)
+        yield piece_of(on_device(state, batch), state.context)
 
 # %% ../../nbs/440_train.fit.ipynb #b2a0ecee
 def gradients(state: State, worker: Worker) -> tuple[float, dict[str, Any]]:
@@ -129,7 +131,8 @@ def train(state: State, callbacks: list[Callback], progress: bool) -> None:
     if not bar.disable:
         line = what_trains(state.parameters, state.objective.frozen())
         bar.write(f"{state.notice}{state.stage} {line}")
-    with bar, graceful_stop() as stopped:
+    pieces = context_parallel(state.context, worker.objective)
+    with bar, pieces, graceful_stop() as stopped:
         began = time.perf_counter() - state.seconds
         first = state.tokens
         while state.step < c.steps:

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from ..model.parts import idle_parameters
 from ..settings import Settings, setting
 from .optimizers import OPTIMIZERS, make_optimizer
@@ -30,6 +31,7 @@ class FitConfig(Settings):
 
     `steps` counts optimizer steps; a step sees `batch_size * accumulate` rows, which all processes
     share. A process holds `batch_size` rows at once, or fewer."""
+    context_parallel = 1                # no setting: of stages that train weights alone
     steps: int = setting(low=0, high=MOST)
     batch_size: int = setting(8, low=1, high=10**6)
     lr: float = setting(1e-3, above=0, high=100)
@@ -61,12 +63,14 @@ class FitConfig(Settings):
 # %% ../../nbs/410_train.objective.ipynb #cfa56f30
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig(FitConfig):
-    """Settings of a stage that trains weights: those of `FitConfig`, and the `optimizer`.
+    """Settings of a stage that trains weights: those of `FitConfig`, the `optimizer`, and how many
+    processes hold a piece each of every row (`context_parallel`).
 
     `"adamw"`, `"adamw-fused"` (one kernel for all weights), `"adamw-8bit"` (torchao: 2 bytes of
     moments for a weight instead of 8), or `"muon"` for the matrices, with AdamW for the rest at
     the same `lr`."""
     optimizer: str = setting("adamw", choices=OPTIMIZERS)
+    context_parallel: int = setting(1, low=1, high=4096)
 
 # %% ../../nbs/410_train.objective.ipynb #7e581f5f
 C = TypeVar("C", bound=FitConfig)
@@ -113,6 +117,7 @@ class Objective(nn.Module):
     together: Together = ALONE
     shares: Mapping[str, float] = {}
     any_length = True                   # may a training get more steps than it was begun with?
+    in_pieces = False                   # may a process hold a piece of each row?
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         "The loss (a scalar with gradient) and numbers to log."
@@ -125,6 +130,10 @@ class Objective(nn.Module):
         "The counts that means in the loss are taken over, by name: `{\"tokens\": 31}`."
         return {}
 
+    def before_cut(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        "A batch with what a piece of its rows needs from the next piece, each `(B, T)`."
+        return batch
+
     def begin(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Any] | None:
         """Before the first step of a training: what can be done without gradients.
 
@@ -132,9 +141,7 @@ class Objective(nn.Module):
         of step 0 (its `loss`, and numbers to log) or `None`."""
         return None
 
-    def optimizer(
-        self, parameters: Iterable[nn.Parameter], config: FitConfig
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, parameters: Iterable[nn.Parameter], config: FitConfig) -> Optimizer:
         "What takes the steps; the loop sets the learning rate before each."
         name = getattr(config, "optimizer", "adamw")
         return make_optimizer(name, self, parameters, config.lr, config.betas, config.weight_decay)

@@ -19,7 +19,8 @@ __all__ = ['UNCOMPARED', 'BITS', 'EARLIER', 'fingerprint', 'facts_of', 'as_earli
            'is_number', 'all_finite', 'check_finite']
 
 # %% ../../nbs/400_train.resume.ipynb #3a27d57e
-UNCOMPARED = ("keep", "save_every", "recompute", "workers", "extendable")    # change no result
+# change no result
+UNCOMPARED = ("keep", "save_every", "recompute", "workers", "extendable", "context_parallel")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -22,7 +22,7 @@ from flashmorph.train.resume import (
     Trace, check_events, check_finite, facts_of, fingerprint,
 )
 from .shard import Worker, as_piece
-from .together import processes, rows_each
+from .together import context_groups, processes, rows_each
 
 # %% auto #0
 __all__ = ['all_facts', 'State', 'metadata', 'named_tensors', 'save', 'read_checkpoint', 'restore', 'fresh', 'room_for',
@@ -50,15 +50,20 @@ class State:
         name = getattr(config, "optimizer", "adamw")
         check_optimizer(name, stage.split("-")[0], self.together.world)
         self.acc = accelerator(config, objective)
-        objective.together = self.together
+        if config.context_parallel > 1 and not objective.in_pieces:
+            raise ValueError(f"stage {stage!r} trains on whole rows: set context_parallel = 1")
+        size = config.context_parallel
+        self.context, self.readers = context_groups(self.together, size)
+        # what comes before the first step is done on whole rows
+        objective.together = self.readers
         self.writes = run is not None and self.together.rank == 0
         self.parameters = objective.trainable()
         if not self.parameters:
             raise ValueError(f"stage {stage!r}: nothing to train, no parameter has requires_grad")
         promote(self.parameters.values())
         world = self.together.world
-        at_once, self.times = rows_each(config.batch_size, config.accumulate, world)
-        self.batches = Batches(data, at_once, self.together.rank, world)
+        at_once, self.times = rows_each(config.batch_size, config.accumulate, world, size)
+        self.batches = Batches(data, at_once, self.readers.rank, self.readers.world)
         self.facts: dict[str, Any] = {}
         self.checkpoints = run.checkpoints(stage, config.keep) if run else None
         self.step, self.tokens = 0, 0

@@ -6,12 +6,14 @@
 from __future__ import annotations
 import os
 from collections.abc import Mapping
+from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from ..ops.context import Context
 
 # %% auto #0
-__all__ = ['ALONE', 'Together', 'Several', 'processes', 'rows_each']
+__all__ = ['ALONE', 'Together', 'Several', 'processes', 'check_groups', 'rows_each', 'context_groups']
 
 # %% ../../nbs/405_train.together.ipynb #e4543ad5
 class Together:
@@ -41,15 +43,20 @@ ALONE = Together()
 
 # %% ../../nbs/405_train.together.ipynb #964802fc
 class Several(Together):
-    "What the processes of `torch.distributed` know; `device` is where these exchange tensors."
-    def __init__(self, device: torch.device | str = "cpu"):
+    """What the processes of `torch.distributed` know, or those of a `group` of them.
+
+    `device` is where these exchange tensors."""
+    def __init__(self, device: torch.device | str = "cpu", group: Any = None):
         self.device = torch.device(device)
-        self.rank = dist.get_rank()
-        self.world = dist.get_world_size()
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Several: return self
 
     def sum(self, x: Tensor) -> Tensor:
         total = x.detach().to(self.device, copy=True)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.to(x.device)
 
     def any(self, happened: bool) -> bool:
@@ -68,11 +75,11 @@ class Several(Together):
             sent = mine.to(self.device).contiguous()
             self.check_alike(name, sent.shape)
             parts = [torch.empty_like(sent) for _ in range(self.world)]
-            dist.all_gather(parts, sent)
+            dist.all_gather(parts, sent, group=self.group)
             found[name] = torch.stack(parts, 1).flatten(0, 1).to(mine.device)
         return found
 
-    def wait(self) -> None: dist.barrier()
+    def wait(self) -> None: dist.barrier(self.group)
 
 
 def processes() -> Together:
@@ -89,18 +96,41 @@ def processes() -> Together:
     return Several(state.device)
 
 # %% ../../nbs/405_train.together.ipynb #e76b8144
-def rows_each(batch_size: int, accumulate: int, world: int) -> tuple[int, int]:
+def check_groups(world: int, size: int) -> None:
+    "Raise `ValueError` unless `world` processes can form groups of `size` that share rows."
+    if not world % size: return
+    raise ValueError(f"context_parallel: {world} processes cannot form groups of {size}; start a "
+                     f"multiple of {size}, or set context_parallel = 1")
+
+
+def rows_each(batch_size: int, accumulate: int, world: int, size: int = 1) -> tuple[int, int]:
     """How many rows each of `world` processes takes at once, and how often, of a step of
-    `batch_size * accumulate` rows.
+    `batch_size * accumulate` rows. Groups of `size` processes take the same rows.
 
     Raises `ValueError` if the processes cannot have as many rows each."""
+    check_groups(world, size)
+    world //= size
     total = batch_size * accumulate
     if total % world:
+        kind = "processes" if size == 1 else f"groups of {size} processes"
         raise ValueError(f"a step of {total} rows (batch_size {batch_size}, accumulate "
-                         f"{accumulate}) cannot be shared by {world} processes: make "
+                         f"{accumulate}) cannot be shared by {world} {kind}: make "
                          f"batch_size * accumulate a multiple of {world}")
     mine = total // world
     times = -(-mine // batch_size)
     # the fewest equal parts that hold no more than a batch
     while mine % times: times += 1
     return mine // times, times
+
+# %% ../../nbs/405_train.together.ipynb #357262ee
+def context_groups(together: Together, size: int) -> tuple[Context | None, Together]:
+    """This process's context group of `size` processes, `None` for whole rows; and what the
+    processes know that hold the same pieces of other rows.
+
+    All processes have to ask. Raises `ValueError` if groups of that size are not possible."""
+    check_groups(together.world, size)
+    if size == 1 or not isinstance(together, Several): return None, together
+    ranks = torch.arange(together.world).view(-1, size)
+    same_rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    same_piece, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    return Context(same_rows), Several(together.device, same_piece)
