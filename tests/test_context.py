@@ -116,21 +116,27 @@ def gradients(model, loss):
     return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found)]
 
 
+HYBRIDS = (
+    ("lightning", "qwen3", [1, 2], {"logit_scale": 50.0}),
+    ("lightning(own_decays=True, conv=2)", "gemma3_text", [], {}),
+    ("gla(rope=False)", "gemma3_text", [0, 1, 3], {}),
+    ("gla(conv=4)", "qwen3", [3], {"full_rope": False}),
+    ("gdn(conv=4)", "qwen3", [0, 2], {}),
+    ("gdn", "gemma3_text", [2], {}),
+)
+
+
 def check_hybrids():
     "Logits and gradients of pieces, against those of whole rows, for mixers and families."
     dist.init_process_group("gloo")
     context = Context()
-    for mixer, family, full, options in (
-            ("lightning", "qwen3", [1, 2], {"logit_scale": 50.0}),
-            ("lightning(own_decays=True, conv=2)", "gemma3_text", [], {}),
-            ("gla(rope=False)", "gemma3_text", [0, 1, 3], {}),
-            ("gla(conv=4)", "qwen3", [3], {"full_rope": False}),
-            ("gdn(conv=4)", "qwen3", [0, 2], {}), ("gdn", "gemma3_text", [2], {})):
-        model = hybrid_of(mixer, family, full, **options).train()
-        for length, padded, again in ((22, True, False), (24, False, True)):
+    for mixer, family, full, options in HYBRIDS[:: context.size // 2]:
+        model = hybrid_of(mixer, family, full, **options)
+        model.gradient_checkpointing_enable()
+        # checkpoints work in training mode, where logits do not grow with the position
+        for length, padded in ((22, True), (24, False)):
+            model.train(padded)
             rows = rows_of(length, padded)
-            if again: model.gradient_checkpointing_enable()
-            else: model.gradient_checkpointing_disable()
             expect = output(model, rows)
             wanted = gradients(model, expect.sin().sum())
             with context_parallel(context, model):
@@ -142,7 +148,6 @@ def check_hybrids():
             assert far(whole, expect.detach()) < 1e-5, mixer
             grads = torch.cat([summed(g).flatten() for g in grads])
             assert far(grads, torch.cat([g.flatten() for g in wanted])) < 1e-5, mixer
-        model.gradient_checkpointing_disable()
         # outside, rows are whole again
         assert torch.equal(output(model, rows), expect)
 
@@ -194,9 +199,9 @@ def alone(): return stages()
 # two pieces; two groups of two pieces; four pieces
 @pytest.mark.parametrize("world, cut", [(2, 2), (4, 2), (4, 4)])
 def test_stages_equal_those_on_whole_rows(world, cut, alone, tmp_path):
-    processes(world, write_stages, tmp_path / "found", cut, world == cut)
+    processes(world, write_stages, tmp_path / "found", cut, world == 2)
     found = torch.load(tmp_path / "found")
-    assert len(found) == (4 if world == cut else 2)
+    assert len(found) == (4 if world == 2 else 2)
     for name, (losses, end) in found.items():
         expect, expect_end = alone[name]
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expect, strict=True))

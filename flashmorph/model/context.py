@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache import find_cache
 from .documents import call_of, packed_documents
+from .layers import _is_scaled
 from .mixers import Mixer
 from ..ops.context import Context
 
@@ -84,14 +85,19 @@ AttentionMaskInterface.register(INTERFACE, _mask)
 # %% ../../nbs/395_model.context.ipynb #d4e0b0c8
 class _Hook:
     "Gives a call of a decoder the keyword `context` and the positions of this piece."
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, decoder: nn.Module):
         self.context = context
+        self.scaled = any(_is_scaled(module) for module in decoder.modules())
 
     def __call__(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         call = call_of(decoder, args, kwargs)
         if find_cache(call) is not None:
             raise ValueError("context parallel: expected no cache; generate with whole rows")
         if packed_documents(call) is not None: raise ValueError(PACKED)
+        # a piece does not know how much padding came before
+        if self.scaled and not decoder.training and call.get("attention_mask") is not None:
+            raise ValueError("context parallel: logits that grow with the position need rows "
+                             "without padding; leave attention_mask out, or train")
         ids = call.get("input_ids")
         tokens = call["inputs_embeds"] if ids is None else ids
         T = tokens.shape[1]
@@ -137,7 +143,7 @@ def context_parallel(context: Context | None, *models: nn.Module) -> Iterator[No
     hooks = []
     try:
         for decoder in decoders.values():
-            hook = _Hook(context)
+            hook = _Hook(context, decoder)
             hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
         for key, config in configs.items():
             PLACES[key] = context, names[key]
