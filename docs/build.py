@@ -42,6 +42,7 @@ TAGS = {("echo:", "false"): "remove-input", ("output:", "false"): "remove-output
 NOT_NBDEVS = {"FrontmatterProc", "insert_warning", "add_show_docs", "clean_show_doc",
               "exec_show_docs", "rm_export", "mv_exports", "add_fold", "add_links"}
 ICONS = re.compile(r"<svg[^>]*display: none[^>]*>.*</symbol>\s*</svg>", re.S)      # of the theme
+COLOURS = re.compile(r"<style>(\s*body \{.*?)</style>", re.S)      # of the theme, too
 SHORTER = [
     (re.compile(r'(<\w+ class)="([\w-]+)">'), r"\1=\2>"),
     (re.compile(r'(href="[^"]*#([^"]+)") title="\2"'), r"\1"),      # what the address says already
@@ -70,6 +71,11 @@ class Notebook:
 
     @property
     def title(self) -> str: return re.search(r"^# (.*)", self.cells[0].source)[1]
+
+    @property
+    def short_title(self) -> str:
+        "The title before its colon, for the sidebar."
+        return self.title.partition(": ")[0]
 
     @property
     def description(self) -> str: return re.search(r"^> (.*)", self.cells[0].source, re.M)[1]
@@ -207,7 +213,7 @@ def contents(book: list[Notebook]) -> str:
     for name, inside in parts(book).items():
         described.append(f"### {name}")
         described.append("\n".join(f"- [](<{n.address}>): {n.description}" for n in inside))
-        files[name] = [notebook.address for notebook in inside]
+        files[name] = [f"{n.short_title} <{n.address}>" for n in inside]
     files |= {"Reference": ["api.md"], "Project": ["CONTRIBUTING.md", "CHANGELOG.md"]}
     sidebar = ["\n".join(["```{toctree}", ":hidden:", f":caption: {name}", "", *inside, "```"])
                for name, inside in files.items()]
@@ -247,8 +253,8 @@ def dressed(page: str, known: set[str]) -> str:
 
 def light(page: str, known: set[str]) -> str:
     """The page without what nobody sees: unused classes, spans without a colour, quotes,
-    indentation. The icons are in site.js, once for all pages."""
-    page = dressed(ICONS.sub("", page), known)
+    indentation. Icons and colours are in site.js and site.css, once for all pages."""
+    page = dressed(COLOURS.sub("", ICONS.sub("", page)), known)
     page = TREE.sub(lambda tree: tree[0].replace(' class="reference"', ""), page)
     page = SIGNATURE.sub(lambda found: bare(found[0]), page)
     pieces = VERBATIM.split(page)
@@ -269,7 +275,7 @@ def lighten() -> None:
     shorten_trees(SITE / "_static/styles/furo.css")
     rules = [file for kind in ("css", "js") for file in SITE.rglob(f"*.{kind}")]
     known = {name for file in rules for name in NAMED.findall(file.read_text(encoding="utf-8"))}
-    add_icons((SITE / "index.html").read_text(encoding="utf-8"))
+    add_to_all((SITE / "index.html").read_text(encoding="utf-8"))
     for file in SITE.rglob("*.html"):
         file.write_text(light(file.read_text(encoding="utf-8"), known), encoding="utf-8")
 
@@ -281,8 +287,10 @@ def shorten_trees(sheet: Path) -> None:
     sheet.write_text(TREE_RULE.sub(shorter, sheet.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def add_icons(page: str) -> None:
-    "Let site.js add the icons that a page begins with."
+def add_to_all(page: str) -> None:
+    "Let site.css have the colours, and site.js add the icons, that every page begins with."
+    with (SITE / "_static/site.css").open("a", encoding="utf-8") as sheet:
+        sheet.write(COLOURS.search(page)[1])
     icons = re.sub(r"\s*\n\s*", " ", ICONS.search(page)[0])
     with (SITE / "_static/site.js").open("a", encoding="utf-8") as script:
         script.write(f'document.body.insertAdjacentHTML("beforeend", {json.dumps(icons)});\n')
