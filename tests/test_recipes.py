@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flashmorph import load_teacher
 from flashmorph.run.cli import app
 from flashmorph.run.recipe import (
-    ROWS, Recipe, load_recipe, recipe_from_dict, recipe_toml, shipped_recipes)
+    STAGES, Recipe, load_recipe, recipe_from_dict, recipe_toml, shipped_recipes)
 from flashmorph.run.recipes import stage_tokens
 
 NAMES = list(shipped_recipes())
@@ -54,11 +54,11 @@ def test_the_paper_s_settings(name):
     "The numbers of the appendix of arXiv 2606.30562, written down a second time."
     recipe = load_recipe(name)
     wanted = {"align": 320e6, "gates": 20e6, "distill": 1e9, "finetune": 1e9}
+    lengths = {"align": 512, "gates": (1024 + 16384) / 2, "distill": 512, "finetune": 16384}
     for stage, tokens in stage_tokens(recipe).items():
-        length = (1024 + 16384) / 2 if stage == "gates" else recipe[ROWS[stage]].length
-        row = recipe[stage].batch_size * recipe[stage].accumulate * length
+        row = recipe[stage].batch_size * recipe[stage].accumulate * lengths[stage]
         assert 0 <= tokens - wanted[stage] < row
-    rates = {stage: (recipe[stage].lr, recipe[stage].lr_end) for stage in ROWS}
+    rates = {stage: (recipe[stage].lr, recipe[stage].lr_end) for stage in STAGES}
     assert rates == {"align": (1e-3, 1e-5), "gates": (2e-2, 2e-3), "distill": (1e-4, 1e-5),
                      "finetune": (1e-5, None)}
     assert (recipe.align.optimizer, recipe.align.betas, recipe.align.start) == (

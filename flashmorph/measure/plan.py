@@ -15,6 +15,7 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig
+from ..data.rows import row_tokens
 from .cost import CostModel
 from .machines import WAYS, Machine, Parts, StagePlan, in_words, memory_here
 from .memory import activations, logits_bytes, moment_bytes, no_matrices
@@ -122,9 +123,14 @@ class Planner:
         self.budget = budget_or_quarter(recipe.budget, self.model.num_layers)
         self.dtype = getattr(config, "dtype", None) or torch.float32
         self.rates: dict[torch.dtype, float] = {}
-        # rows of text, and books
-        self.text = Passes(self.model, recipe.text.length)
-        self.books = Passes(self.model, recipe.passkeys.length)
+        self.counted: dict[int, Passes] = {}
+
+    def passes(self, stage: str, longest: bool = False) -> Passes:
+        "What a stage does with one of its rows: the mean one, or the longest."
+        rows = self.recipe.rows(stage)
+        tokens = rows.length if longest else math.ceil(row_tokens(rows))
+        if tokens not in self.counted: self.counted[tokens] = Passes(self.model, tokens)
+        return self.counted[tokens]
 
     def stage(self, name: str, config: FitConfig, row: int, flops: int, memory: int) -> StagePlan:
         "A stage whose steps take `flops` for each row of `row` tokens."
@@ -169,7 +175,7 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
     kind, _, of = stage.partition("-")
     model, machine = planner.model, planner.machine or Machine("cpu")
     repairs = kind not in ("align", "gates")
-    passes = planner.text if kind in ("align", "distill") else planner.books
+    passes = planner.passes(kind, longest=True)
     branches = sum(layer.branch_parameters for layer in passes.layers)
     full = 0 if of == "all_linear" else planner.budget
     hybrid = model.weights.parameters + sum(
@@ -190,7 +196,7 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
     held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute,
                               pieces)
     if format == torch.bfloat16: held += 2 * trained / machine.gpus
-    books = planner.recipe.passkeys
+    books = planner.recipe.rows("gates")
     answers = books.keys * books.words_per_key * TOKENS_A_WORD
     predicted = rows * (answers if kind == "gates" else math.ceil(passes.tokens / pieces))
     logits = logits_bytes(model.config, kind, predicted)
@@ -207,23 +213,24 @@ def plan_search(planner: Planner) -> list[StagePlan]:
     "Stages 1 and 2."
     align, gates = planner.recipe.align, planner.recipe.gates
     teacher = planner.model.weights.parameters * planner.dtype.itemsize
-    branches = sum(layer.branch_parameters for layer in planner.text.layers)
+    rows = planner.passes("align")
+    branches = sum(layer.branch_parameters for layer in rows.layers)
     moments = int(moment_bytes(align.optimizer, branches))
-    first = planner.stage("align", align, planner.text.tokens, planner.text.align(),
-                       teacher + 8 * branches + moments)
+    first = planner.stage("align", align, rows.tokens, rows.align(),
+                          teacher + 8 * branches + moments)
     tokens, flops = first.tokens, first.flops
-    if align.optimizer == "muon": flops += align.steps * planner.text.muon
+    if align.optimizer == "muon": flops += align.steps * rows.muon
     # the start reads whole batches, two at least
     if align.start == "least-squares":
-        batch = align.batch_size * planner.text.tokens
+        batch = align.batch_size * rows.tokens
         batches = max(2, math.ceil(align.start_tokens / batch))
-        flops += batches * align.batch_size * planner.text.start()
+        flops += batches * align.batch_size * rows.start()
         tokens += batches * batch
     first = replace(first, tokens=tokens, flops=flops)
     # other selectors say in their rankings what they took
     if planner.recipe.method != "flashmorph": return [first]
-    mean = Passes(planner.model, math.ceil(planner.recipe.passkeys.mean_length))
-    second = planner.stage("gates", gates, mean.tokens, mean.gates(), teacher + 4 * branches)
+    rows = planner.passes("gates")
+    second = planner.stage("gates", gates, rows.tokens, rows.gates(), teacher + 4 * branches)
     return [first, second]
 
 # %% ../../nbs/540_measure.plan.ipynb #e2005f11
@@ -236,9 +243,10 @@ def plan_repair(planner: Planner, name: str, budget: int) -> list[StagePlan]:
     teacher = weights.parameters * planner.dtype.itemsize
     chunk = max(1, LOGITS // planner.model.config.get_text_config().vocab_size)
     planned = []
-    for verb, passes in (("distill", planner.text), ("finetune", planner.books)):
+    for verb in ("distill", "finetune"):
         config = getattr(planner.recipe, verb)
         if not config.steps: continue
+        passes = planner.passes(verb)
         moments = moment_bytes(config.optimizer, trained, no_matrices(planner.model))
         memory = int(8 * trained + moments) + (teacher if verb == "distill" else 0)
         again = config.batch_size * (passes.tokens - (verb == "finetune")) > chunk

@@ -198,7 +198,7 @@ def repairer(materials: Materials, model: MorphableModel, steps: int) -> Repair:
 
     def repair(layers: Sequence[int]) -> nn.Module:
         hybrid = model.commit(layers, full_rope=recipe.full_rope, logit_scale=recipe.logit_scale)
-        rows = materials.rows(recipe.seed + 1)
+        rows = materials.rows(recipe.seed + 1, "distill")
         distill(hybrid, materials.teacher, rows, config, progress=False)
         return hybrid
     return repair

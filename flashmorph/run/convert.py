@@ -42,11 +42,11 @@ def search(work: Conversion) -> tuple[MorphableModel, Selection]:
     seed = work.recipe.seed
     model = morph(materials.teacher, mixer=work.recipe.mixer)
     work.say(f"align the linear branch of each of {model.num_layers} layers")
-    work.train("align", align, model, materials.rows(seed))
+    work.train("align", align, model, materials.rows(seed, "align"))
     model.save_branches(work.run.path(BRANCHES_FILE))
     gated = method == "flashmorph"
     work.say("train the gates" if gated else f"rank the layers by {method}")
-    if gated: found = work.train("gates", train_gates, model, materials.gate_books(seed))
+    if gated: found = work.train("gates", train_gates, model, materials.rows(seed, "gates"))
     else: found = rank_layers(materials, model, work.run, work.facts["rank"])
     # what the selector chooses, unless somebody has chosen otherwise
     ours = check_cut(materials, model, work.ledger, work.facts, found, work.say)
@@ -83,11 +83,11 @@ def repair(work: Conversion, model: MorphableModel, name: str) -> HybridForCausa
     hybrid = model.commit(layers, full_rope=recipe.full_rope, logit_scale=recipe.logit_scale)
     work.evaluate(hybrid, name, "zero_shot", layers)
     if recipe.distill.steps:
-        rows = materials.rows(recipe.seed + 1)
+        rows = materials.rows(recipe.seed + 1, "distill")
         improve(work, hybrid, name, "distill", distill, materials.teacher, rows)
     if recipe.finetune.steps:
-        books = materials.books(recipe.seed + 2)
-        improve(work, hybrid, name, "finetune", finetune, books)
+        rows = materials.rows(recipe.seed + 2, "finetune")
+        improve(work, hybrid, name, "finetune", finetune, rows)
     return hybrid
 
 # %% ../../nbs/820_run.convert.ipynb #b421e0d5

@@ -13,16 +13,17 @@ from transformers import PreTrainedModel
 from ..choose.uniform import uniform
 from ..data.ahead import Ahead
 from ..data.mixture import Mixture, fingerprint
-from ..data.passkeys import passkeys
+from ..data.passkeys import PasskeysConfig, passkeys
+from ..data.rows import SIZES, kind_of
 from ..data.files import SourceConfig
 from ..data.stories import WHOLE, Part
-from ..data.text import text, tokenizer_fingerprint
+from ..data.text import TextConfig, text, tokenizer_fingerprint
 from ..folder import Run
 from ..ledger import Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
 from ..model.parts import check_full
 from ..model.teacher import check_length, load_teacher
-from .recipe import SIZES, STAGES, TABLES, Recipe, recipe_toml
+from .recipe import STAGES, TABLES, Recipe, recipe_toml
 from ..selection import Selection, budget_or_quarter
 from ..train.optimizers import check_optimizer
 from ..train.resume import UNCOMPARED, as_earlier
@@ -30,16 +31,18 @@ from ..train.together import processes
 
 # %% auto #0
 __all__ = ['mixed_rows', 'Materials', 'check_lengths', 'evaluated_streams', 'streams', 'check_materials', 'digest_of',
-           'table_facts', 'recipe_facts', 'aligned_facts', 'gated_facts', 'exchange_facts', 'repaired_facts',
-           'made_facts', 'ranking_stage', 'stage_facts', 'sets_of', 'tidy']
+           'settings_facts', 'table_facts', 'own_facts', 'recipe_facts', 'read_facts', 'aligned_facts', 'gated_facts',
+           'exchange_facts', 'repaired_facts', 'made_facts', 'ranking_stage', 'stage_facts', 'sets_of', 'tidy']
 
 # %% ../../nbs/810_run.materials.ipynb #d7c134fc
-def mixed_rows(tokenizer: Any, recipe: Recipe, seed: int, part: Part) -> Mixture:
-    "Text with its share of passkey books, of one part of the documents."
+def mixed_rows(
+    tokenizer: Any, read: TextConfig, books: PasskeysConfig, seed: int, part: Part
+) -> Mixture:
+    "Text with its share of passkey `books`, of one part of the documents."
     made = {"seed": seed, "part": part, "shards": 1, "workers": 0}
-    settings = {**asdict(recipe.text), **made}
+    settings = {**asdict(read), **made}
     share = settings.pop("passkeys")
-    book = {**asdict(recipe.passkeys), **made, "min_length": None, "length": recipe.text.length}
+    book = {**asdict(books), **made, "min_length": None, "length": read.length}
     streams = [text(tokenizer, **settings), passkeys(tokenizer, **book)]
     return Mixture(streams, [1 - share, share], seed, part)
 
@@ -60,18 +63,15 @@ class Materials:
         if length is not None: settings["length"] = length
         return passkeys(self.tokenizer, **settings, seed=seed)
 
-    def gate_books(self, seed: int) -> Any:
-        "Passkey books for the gates, of random lengths if the recipe asks for them."
-        return passkeys(self.tokenizer, **asdict(self.recipe.passkeys), seed=seed)
-
-    def rows(self, seed: int) -> Any:
-        "Rows for stages 1 and 3: text, with a share of passkey books of the same length."
-        config = self.recipe.text
-        settings = asdict(config)
+    def rows(self, seed: int, stage: str = "align") -> Any:
+        "What a stage reads: books, or text with a share of passkey books of the same length."
+        read = self.recipe.rows(stage)
+        settings = asdict(read)
+        if isinstance(read, PasskeysConfig): return passkeys(self.tokenizer, **settings, seed=seed)
         if not settings.pop("passkeys"): return text(self.tokenizer, **settings, seed=seed)
-        make = partial(mixed_rows, self.tokenizer, self.recipe, seed)
-        if config.shards == 1 and not config.workers: return make(WHOLE)
-        return Ahead(make, config.shards, config.workers)
+        make = partial(mixed_rows, self.tokenizer, read, self.recipe.passkeys, seed)
+        if read.shards == 1 and not read.workers: return make(WHOLE)
+        return Ahead(make, read.shards, read.workers)
 
 # %% ../../nbs/810_run.materials.ipynb #e8308053
 def check_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
@@ -82,6 +82,8 @@ def check_lengths(recipe: Recipe, teacher: PreTrainedModel) -> None:
     if recipe.full_rope: names.append("evaluate")
     for name in names:
         check_length(teacher.config, recipe[name]["length"], f"{name}.length")
+    for stage, own in recipe.reads.items():
+        check_length(teacher.config, own.length, f"{stage}.{kind_of(own)}.length")
 
 # %% ../../nbs/810_run.materials.ipynb #3edfb2e5
 def evaluated_streams(materials: Materials) -> Iterator[Any]:
@@ -96,10 +98,11 @@ def evaluated_streams(materials: Materials) -> Iterator[Any]:
 def streams(materials: Materials) -> Iterator[Any]:
     "Everything that the stages of a recipe will read."
     recipe = materials.recipe
-    yield materials.rows(recipe.seed)
-    yield materials.gate_books(recipe.seed)
-    # a row of the mixture may be text, so books of its length are tried too
-    if recipe.text.passkeys: yield materials.books(recipe.seed, recipe.text.length)
+    for stage in dict.fromkeys(("align", "gates", *recipe.reads)):
+        yield materials.rows(recipe.seed, stage)
+        read = recipe.rows(stage)
+        # a row of the mixture may be text, so books of its length are tried too
+        if getattr(read, "passkeys", 0): yield materials.books(recipe.seed, read.length)
     yield from evaluated_streams(materials)
 
 # %% ../../nbs/810_run.materials.ipynb #f9bc7c61
@@ -121,32 +124,59 @@ def digest_of(facts: Facts) -> str:
     return short_hash(json.dumps(as_earlier(facts), sort_keys=True))
 
 # %% ../../nbs/810_run.materials.ipynb #00d267da
-def table_facts(recipe: Recipe, *names: str) -> Facts:
-    "The settings of tables by their full names, but for paths and bookkeeping."
+def settings_facts(table: str, settings: Any) -> Facts:
+    "Settings by their full names, but for paths and bookkeeping."
     ignored = ("seed", "source", *UNCOMPARED)
+    known = asdict(settings)
+    for one in known.get("mix", ()): del one["source"]
+    return {f"{table}.{key}": value for key, value in known.items() if key not in ignored}
+
+
+def table_facts(recipe: Recipe, *names: str) -> Facts:
+    "The settings of tables of a recipe."
     facts: Facts = {}
-    for name in names:
-        settings = asdict(recipe[name])
-        for one in settings.get("mix", ()): del one["source"]
-        facts.update({f"{name}.{key}": v for key, v in settings.items() if key not in ignored})
+    for name in names: facts |= settings_facts(name, recipe[name])
+    return facts
+
+
+def own_facts(recipe: Recipe, *stages: str) -> Facts:
+    "The settings of the tables of their own that stages have for their rows."
+    facts: Facts = {}
+    for stage in stages:
+        own = recipe.reads.get(stage)
+        if own is not None: facts |= settings_facts(f"{stage}.{kind_of(own)}", own)
     return facts
 
 # %% ../../nbs/810_run.materials.ipynb #7ed3bfb2
 def recipe_facts(recipe: Recipe) -> Facts:
     "All values of a recipe by name, but for paths, as JSON would give them back."
-    tops = {name: value for name, value in vars(recipe).items() if name not in (*TABLES, "teacher")}
-    facts = {**tops, **table_facts(recipe, *TABLES)}
+    rest = (*TABLES, "teacher", "reads")
+    tops = {name: value for name, value in vars(recipe).items() if name not in rest}
+    facts = {**tops, **table_facts(recipe, *TABLES), **own_facts(recipe, *STAGES)}
     return json.loads(json.dumps(facts))
+
+# %% ../../nbs/810_run.materials.ipynb #78fdf2cf
+def read_facts(materials: Materials, stage: str) -> Facts:
+    "The facts of the rows that a stage reads."
+    recipe = materials.recipe
+    read, own = recipe.rows(stage), stage in recipe.reads
+    kind = kind_of(read)
+    facts = own_facts(recipe, stage) if own else table_facts(recipe, kind)
+    if getattr(read, "passkeys", 0): facts |= table_facts(recipe, "passkeys")
+    # else it is that of stage 1
+    if own or (kind == "text" and "align" in recipe.reads):
+        facts[f"the rows of {stage}"] = fingerprint(materials.rows(recipe.seed, stage))
+    return facts
 
 # %% ../../nbs/810_run.materials.ipynb #fafeaeaa
 def aligned_facts(materials: Materials) -> Facts:
     "The facts of stage 1."
     recipe = materials.recipe
-    mixed = ["passkeys"] if recipe.text.passkeys else []
     return {
         "mixer": recipe.mixer,
         "seed": recipe.seed,
-        **table_facts(recipe, "text", *mixed, "align"),
+        **read_facts(materials, "align"),
+        **table_facts(recipe, "align"),
         "the teacher's weights": model_fingerprint(materials.teacher),
         "the tokenizer": tokenizer_fingerprint(materials.tokenizer),
         "the text": fingerprint(materials.rows(recipe.seed)),
@@ -157,9 +187,9 @@ def gated_facts(materials: Materials) -> Facts:
     "The facts of how layers are ranked, which those of stage 1 are added to."
     recipe = materials.recipe
     gated = recipe.method == "flashmorph"
-    read = materials.gate_books if gated else materials.books
-    books = {"the books": fingerprint(read(recipe.seed))}
-    if gated: return {**table_facts(recipe, "passkeys", "gates"), **books}
+    read = materials.rows(recipe.seed, "gates") if gated else materials.books(recipe.seed)
+    books = {"the books": fingerprint(read)}
+    if gated: return {**read_facts(materials, "gates"), **table_facts(recipe, "gates"), **books}
     return {"method": recipe.method, **table_facts(recipe, "passkeys", "rank"), **books}
 
 
@@ -171,16 +201,19 @@ def exchange_facts(materials: Materials) -> Facts:
     return {**table_facts(recipe, "rank"), "budget": budget}
 
 # %% ../../nbs/810_run.materials.ipynb #2ea37c9a
-def repaired_facts(recipe: Recipe, name: str, facts: Facts) -> Iterator[tuple[str, Facts]]:
+def repaired_facts(
+    materials: Materials, name: str, facts: Facts
+) -> Iterator[tuple[str, Facts]]:
     "The facts of what is done to the hybrid `name`, stage by stage; `facts` are of its making."
+    recipe = materials.recipe
     scored = table_facts(recipe, "evaluate")
     yield f"evaluate-{name}-zero_shot", {**facts, **scored}
     if recipe.distill.steps:
-        facts = {**facts, **table_facts(recipe, "distill")}
+        facts = {**facts, **read_facts(materials, "distill"), **table_facts(recipe, "distill")}
         yield f"distill-{name}", facts
         yield f"evaluate-{name}-distilled", {**facts, **scored}
     if recipe.finetune.steps:
-        facts = {**facts, **table_facts(recipe, "passkeys", "finetune")}
+        facts = {**facts, **read_facts(materials, "finetune"), **table_facts(recipe, "finetune")}
         yield f"finetune-{name}", facts
         yield f"evaluate-{name}-finetuned", {**facts, **scored}
 
@@ -213,7 +246,7 @@ def stage_facts(materials: Materials) -> dict[str, Facts]:
     stages["evaluate-teacher-zero_shot"] = {**known, **table_facts(recipe, "evaluate")}
     for name in ("flashmorph", *recipe.compare):
         made = made_facts(materials, name, aligned, {**gated, **moved})
-        stages.update(repaired_facts(recipe, name, made))
+        stages.update(repaired_facts(materials, name, made))
     return json.loads(json.dumps(stages))
 
 # %% ../../nbs/810_run.materials.ipynb #dd181d7a

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 from ..model.teacher import BUNDLED
 from .recipe import Recipe
@@ -24,7 +25,8 @@ def absolute(name: str) -> str:
 def named_paths(recipe: Recipe) -> list[str]:
     "The names of teacher and texts, each perhaps a path."
     names = [recipe.teacher]
-    for table in (recipe.text, *recipe.text.mix, recipe.passkeys, recipe.evaluate):
+    tables = [recipe.text, recipe.passkeys, recipe.evaluate, *recipe.reads.values()]
+    for table in chain.from_iterable((one, *getattr(one, "mix", ())) for one in tables):
         names += [table.source] if isinstance(table.source, str) else table.source
     return names
 
@@ -42,4 +44,5 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     "The recipe with the paths of its teacher and its texts from the root."
     names = ("text", "passkeys", "evaluate")
     tables = {name: with_absolute_source(recipe[name]) for name in names}
-    return replace(recipe, teacher=absolute(recipe.teacher), **tables)
+    own = {stage: with_absolute_source(table) for stage, table in recipe.reads.items()}
+    return replace(recipe, teacher=absolute(recipe.teacher), reads=own, **tables)

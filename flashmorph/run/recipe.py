@@ -15,7 +15,8 @@ from ..choose.gates import GatesConfig
 from ..choose.rank import Scoring, find_selector
 from ..choose.search import Exchange
 from ..data.passkeys import PasskeysConfig
-from ..data.files import SourceConfig
+from ..data.rows import (
+    KINDS, READS, WHERE, Rows, kind_of, row_tokens, rows_apart, usual_rows, with_source)
 from ..data.text import TextConfig
 from ..measure.evaluate import EvaluateConfig
 from ..model.mixers import mixer_class
@@ -27,10 +28,9 @@ from ..train.distill import DistillConfig, FinetuneConfig
 from ..train.objective import FitConfig, with_steps
 
 # %% auto #0
-__all__ = ['STAGES', 'TABLES', 'COMPARE', 'SIZES', 'ROWS', 'WHERE', 'inherited', 'row_tokens', 'table_kind', 'ranking_table',
-           'check_compare', 'check_pieces', 'check_recipe', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape',
-           'recipe_from_dict', 'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml',
-           'save_recipe']
+__all__ = ['STAGES', 'TABLES', 'COMPARE', 'PLACES', 'table_kind', 'ranking_table', 'check_compare', 'check_pieces',
+           'check_recipe', 'made_table', 'Recipe', 'may_be_nothing', 'with_nothing', 'check_shape', 'recipe_from_dict',
+           'parsed', 'changed', 'shipped_recipes', 'load_recipe', 'toml_values', 'recipe_toml', 'save_recipe']
 
 # %% ../../nbs/800_run.recipe.ipynb #598d9114
 STAGES: dict[str, type[FitConfig]] = {
@@ -40,8 +40,7 @@ STAGES: dict[str, type[FitConfig]] = {
     "finetune": FinetuneConfig,
 }
 TABLES: dict[str, type[Settings]] = {
-    "text": TextConfig,
-    "passkeys": PasskeysConfig,
+    **KINDS,
     "align": AlignConfig,
     "gates": GatesConfig,
     "rank": Scoring,
@@ -50,26 +49,7 @@ TABLES: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
 }
 COMPARE = ("all_linear", "uniform")
-SIZES = ("length", "keys", "words_per_key")
-ROWS = {"align": "text", "gates": "passkeys", "distill": "text", "finetune": "passkeys"}
-WHERE = ("split", "subset", "column", "sample_by", "mix")
-
-# %% ../../nbs/800_run.recipe.ipynb #7ccc7b5b
-def inherited(table: Any, source: TextConfig, sizes: Settings | None = None) -> Any:
-    "A table with the settings that it leaves to the tables before."
-    if not isinstance(table, Mapping): return table
-    # column, split and subset belong to a source, and go with it
-    names = [] if "source" in table else SourceConfig.setting_names()
-    more = {name: source.main[name] for name in names}
-    if sizes is None: more |= {name: source[name] for name in ("shards", "workers")}
-    if sizes is not None: more |= {name: sizes[name] for name in SIZES}
-    return {**more, **table}
-
-# %% ../../nbs/800_run.recipe.ipynb #b22d8401
-def row_tokens(recipe: Recipe, stage: str) -> float:
-    "Tokens of the rows that a stage reads; of books of random lengths, which gates read, the mean."
-    if stage == "gates": return recipe.passkeys.mean_length
-    return recipe[ROWS[stage]]["length"]
+PLACES = [*TABLES, *(f"{stage}.{name}" for stage, names in READS.items() for name in names)]
 
 # %% ../../nbs/800_run.recipe.ipynb #820d14f3
 def table_kind(name: str, method: str) -> type[Settings]:
@@ -114,9 +94,10 @@ def check_pieces(recipe: Recipe) -> None:
     if cut and not mixer_class(recipe.mixer).composes:
         raise ValueError(f"{cut[0]}.context_parallel: the mixer {recipe.mixer} cannot pass states "
                          "between pieces of a row; set it to 1, or use lightning, gla or gdn")
-    if recipe.text.packed and {"align", "distill"} & {*cut}:
-        raise ValueError(f"{cut[0]}.context_parallel: packed rows cannot be cut into pieces; set "
-                         "it to 1, or text.packed to false")
+    packed = [name for name in cut if getattr(recipe.rows(name), "packed", False)]
+    if packed:
+        raise ValueError(f"{packed[0]}.context_parallel: packed rows cannot be cut into pieces; "
+                         "set it to 1, or packed to false")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -127,12 +108,29 @@ def check_recipe(recipe: Recipe) -> None:
     if getattr(recipe.rank, "budget", recipe.budget) != recipe.budget:
         raise ValueError(f"rank.budget: expected the recipe's budget, {recipe.budget}, got "
                          f"{recipe.rank['budget']}: leave it out")
+    if recipe.method != "flashmorph" and "gates" in recipe.reads:
+        raise ValueError(f"gates.passkeys: {recipe.method!r} trains no gates, and reads [passkeys]")
     if recipe.method == "flashmorph" and not recipe.gates.steps:
         raise ValueError("gates.steps: expected at least 1, because the gates choose the layers")
     check_pieces(recipe)
     for name in TABLES:
         if getattr(recipe[name], "seed", 0):
             raise ValueError(f"{name}.seed: a recipe has one `seed` for all stages")
+
+# %% ../../nbs/800_run.recipe.ipynb #5b6aa585
+def made_table(recipe: Recipe, name: str, kind: type[Settings]) -> Settings:
+    "The settings in a table of a recipe, whose tables before are made."
+    table = getattr(recipe, name)
+    if name == "rank": table = ranking_table(table, recipe.method, recipe.budget)
+    if not isinstance(table, (Mapping, kind)):
+        raise ValueError(f"{name}: expected a table, got {table!r}")
+    if name in STAGES and isinstance(table, Mapping):
+        table, own = rows_apart(name, table, recipe.text, recipe.passkeys)
+        if own is not None: recipe.reads[name] = own
+        table = with_steps(STAGES[name], table, row_tokens(recipe.rows(name)))
+    if name == "passkeys": table = with_source(table, recipe.text)
+    if name == "evaluate": table = with_source(table, recipe.text, recipe.passkeys)
+    return kind.make(table)
 
 # %% ../../nbs/800_run.recipe.ipynb #4dbe7a10
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +142,8 @@ class Recipe(Settings):
     `full_rope` and `logit_scale` are options of `commit`; `compare` names further hybrids to build,
     train and evaluate in the same way. `text.passkeys` is the share of passkey books among the
     rows of stages 1 and 3. A stage with `steps = 0` is left out. Tables may be given as mappings,
-    those of stages with `tokens` in place of `steps`, as `"320M"`.
+    those of stages with `tokens` in place of `steps`, as `"320M"`, and with a table of their own
+    `text` or `passkeys`, which `reads` keeps by stage.
     Raises `ValueError` for whatever is unknown, of a wrong type, or out of its range."""
     teacher: str = BUNDLED
     mixer: str = "lightning"
@@ -162,23 +161,18 @@ class Recipe(Settings):
     distill: DistillConfig = setting(factory=DistillConfig)
     finetune: FinetuneConfig = setting(factory=lambda: FinetuneConfig(steps=0))
     evaluate: EvaluateConfig = setting(factory=dict)
+    reads: Any = setting(factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", dict(self.reads))
         for name in TABLES:
             kind = table_kind(name, self.method)
-            object.__setattr__(self, name, self._table(name, kind))
+            object.__setattr__(self, name, made_table(self, name, kind))
         super().__post_init__()
 
-    def _table(self, name: str, kind: type[Settings]) -> Settings:
-        table = getattr(self, name)
-        if name == "rank": table = ranking_table(table, self.method, self.budget)
-        if not isinstance(table, (Mapping, kind)):
-            raise ValueError(f"{name}: expected a table, got {table!r}")
-        if name in STAGES and isinstance(table, Mapping):
-            table = with_steps(STAGES[name], table, row_tokens(self, name))
-        if name == "passkeys": table = inherited(table, self.text)
-        if name == "evaluate": table = inherited(table, self.text, self.passkeys)
-        return kind.make(table)
+    def rows(self, stage: str) -> Rows:
+        "What a stage reads."
+        return self.reads.get(stage) or usual_rows(stage, self.text, self.passkeys)
 
     def check(self) -> None: check_recipe(self)
 
@@ -194,12 +188,14 @@ def with_nothing(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, A
     kinds = typing.get_type_hints(kind)
     none = [key for key, value in values.items() if value == "none"]
     missing = [key for key in none if may_be_nothing(kinds.get(key))]
-    return {**values, **dict.fromkeys(missing)}
+    inner = {key: with_nothing(KINDS[key], value) for key, value in values.items()
+             if key in KINDS and isinstance(value, Mapping)}
+    return {**values, **dict.fromkeys(missing), **inner}
 
 # %% ../../nbs/800_run.recipe.ipynb #75c9b3b8
 def check_shape(values: Mapping[str, Any]) -> None:
     "Raise `ValueError` unless tables are where a recipe has tables, and values elsewhere."
-    known = Recipe.setting_names()
+    known = {*Recipe.setting_names()} - {"reads"}
     for key, value in values.items():
         if key not in known: raise ValueError(f"recipe: unknown key {key!r}; {nearest(key, known)}")
         if (key in TABLES) != isinstance(value, Mapping):
@@ -230,11 +226,13 @@ def changed(values: dict[str, Any], change: str) -> None:
     name, eq, value = change.partition("=")
     if not eq or not name:
         raise ValueError(f"--set: expected NAME=VALUE, for example align.steps=100; got {change!r}")
-    *table, key = name.strip().split(".")
-    if len(table) > 1 or (table and table[0] not in TABLES):
-        raise ValueError(f"--set {change}: unknown table {name!r}; {nearest(table[0], TABLES)}")
-    place = values.setdefault(table[0], {}) if table else values
-    if not isinstance(place, dict): raise ValueError(f"recipe: {table[0]}: expected a table")
+    table, dot, key = name.strip().rpartition(".")
+    if dot and table not in PLACES:
+        raise ValueError(f"--set {change}: unknown table {table!r}; {nearest(table, PLACES)}")
+    place = values
+    for part in table.split(".") if dot else ():
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict): raise ValueError(f"recipe: {part}: expected a table")
     # one of the two, and where a text lies goes with its source
     other = {"steps": ["tokens"], "tokens": ["steps"], "source": WHERE}.get(key, ())
     for name in other if table else (): place.pop(name, None)
@@ -268,13 +266,16 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     return recipe_from_dict(values)
 
 # %% ../../nbs/800_run.recipe.ipynb #13f7af01
-def toml_values(settings: Settings) -> dict[str, Any]:
-    "Settings as TOML can hold them. `None` is left out if it is the default, else `\"none\"`."
-    values = {}
+def toml_values(settings: Settings, inherits: bool = False) -> dict[str, Any]:
+    """Settings as TOML can hold them. `None` is left out if it is the default, else `"none"`; a
+    table that `inherits` what it leaves out has both."""
+    values, kinds = {}, typing.get_type_hints(type(settings))
+    # a recipe has one seed for all, and writes what stages read in their tables
+    apart = "seed" if settings.table else "reads"
     for field in fields(settings):  # type: ignore[arg-type]
         value = settings[field.name]
-        if value is None and field.default is None: continue
-        if field.name == "seed" and settings.table: continue       # the recipe has one for all
+        said = inherits and may_be_nothing(kinds[field.name])
+        if field.name == apart or value is None and field.default is None and not said: continue
         if isinstance(value, Settings): value = toml_values(value)
         if field.name == "mix": value = [toml_values(one) for one in value]
         values[field.name] = "none" if value is None else value
@@ -285,7 +286,10 @@ def recipe_toml(recipe: Recipe) -> str:
     """The recipe as TOML text, complete with defaults.
 
     Raises `ValueError` if reading the text back would not give the same recipe."""
-    written = tomli_w.dumps(toml_values(recipe))
+    values = toml_values(recipe)
+    for stage, own in recipe.reads.items():
+        values[stage][kind_of(own)] = toml_values(own, inherits=True)
+    written = tomli_w.dumps(values)
     if recipe_from_dict(tomllib.loads(written)) != recipe:
         raise ValueError("this recipe cannot be written as TOML without a change")
     return written

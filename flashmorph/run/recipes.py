@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.table import Table
+from ..data.rows import row_tokens
 from ..results import amount
-from .recipe import ROWS, Recipe, load_recipe, row_tokens, shipped_recipes
+from .recipe import STAGES, Recipe, load_recipe, shipped_recipes
 from .terminal import console, plain_errors, show
 from ..store import nearest
 
@@ -27,10 +28,10 @@ def purpose(path: Path) -> str:
 def stage_tokens(recipe: Recipe) -> dict[str, int]:
     "The tokens that each training of a recipe reads on one process, the start of stage 1 apart."
     found = {}
-    for name in ROWS:
+    for name in STAGES:
         stage = recipe[name]
         rows = stage.steps * stage.batch_size * stage.accumulate
-        found[name] = math.ceil(rows * row_tokens(recipe, name))
+        found[name] = math.ceil(rows * row_tokens(recipe.rows(name)))
     if recipe.method != "flashmorph": found["gates"] = 0        # other selectors train none
     return found
 
@@ -43,8 +44,8 @@ def counted(tokens: int) -> str:
 def recipes_table(**options: Any) -> Table:
     "All recipes that come with the package: name, tokens of the stages, purpose."
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **options)
-    for name in ("recipe", *ROWS, "for"):
-        justify: Any = "right" if name in ROWS else "left"
+    for name in ("recipe", *STAGES, "for"):
+        justify: Any = "right" if name in STAGES else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "for")
     for name, path in shipped_recipes().items():
         recipe = load_recipe(path)
