@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math, os, tomllib
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 import torch
@@ -123,20 +124,18 @@ class Planner:
         self.budget = budget_or_quarter(recipe.budget, self.model.num_layers)
         self.dtype = getattr(config, "dtype", None) or torch.float32
         self.rates: dict[torch.dtype, float] = {}
-        self.counted: dict[int, Passes] = {}
+        self.of_length = cache(partial(Passes, self.model))
 
     def passes(self, stage: str, longest: bool = False) -> Passes:
         "What a stage does with one of its rows: the mean one, or the longest."
         rows = self.recipe.rows(stage)
-        tokens = rows.length if longest else math.ceil(row_tokens(rows))
-        if tokens not in self.counted: self.counted[tokens] = Passes(self.model, tokens)
-        return self.counted[tokens]
+        return self.of_length(rows.length if longest else math.ceil(row_tokens(rows)))
 
     def stage(self, name: str, config: FitConfig, row: int, flops: int, memory: int) -> StagePlan:
         "A stage whose steps take `flops` for each row of `row` tokens."
         rows = config.steps * config.batch_size * config.accumulate
-        rate = self.speed(self.format(name, config))
-        plain = StagePlan(name, rows * row, rows * flops, memory, rate)
+        speed = self.speed(self.format(name, config))
+        plain = StagePlan(name, rows * row, rows * flops, memory, speed)
         if self.machine is None: return plain
         parts = parts_of(self, name, config)
         at_once, _, refused = shares(config, self.machine.gpus)
@@ -145,8 +144,8 @@ class Planner:
         room = parts.lasting < self.machine.memory
         helpful = (room and at_once > 1, room and not config.recompute)
         ways = [way for way, helps in zip(WAYS, helpful) if helps]
-        return replace(plain, memory=parts.total(), parts=parts, ways=(*ways, WAYS[-1]),
-                       refused=refused)
+        more: Any = {"parts": parts, "ways": (*ways, WAYS[-1]), "refused": refused}
+        return replace(plain, memory=parts.total(), **more)
 
     def format(self, name: str, config: FitConfig) -> torch.dtype:
         if self.machine and self.machine.gpu != "cpu":
