@@ -186,8 +186,7 @@ def may_be_nothing(kind: Any) -> bool:
 def with_nothing(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     "The values of a table as TOML gives them, `None` in place of `\"none\"`."
     kinds = typing.get_type_hints(kind)
-    none = [key for key, value in values.items() if value == "none"]
-    missing = [key for key in none if may_be_nothing(kinds.get(key))]
+    missing = [k for k, v in values.items() if v == "none" and may_be_nothing(kinds.get(k))]
     inner = {key: with_nothing(KINDS[key], value) for key, value in values.items()
              if key in KINDS and isinstance(value, Mapping)}
     return {**values, **dict.fromkeys(missing), **inner}
