@@ -227,7 +227,7 @@ def misfit(why: str) -> ValueError:
     return refused(f"its weights do not fit its config.json: {why}")
 
 # %% ../../nbs/970_serve.vllm.ipynb #62de2b97
-TESTED = ("0.32",)
+TESTED = ("0.32", "0.31")
 OPERATION = "vllm::flashmorph_linear"
 
 
