@@ -33,6 +33,7 @@ from ..show.report import Cells, Section, drawn, page, write_report
 from ..show.table import CHOSEN, NOTE, TAKEN, chosen_rows, taken_rows
 from ..store import write_aside
 from ..train.distill import distill
+from ..train.together import at_hand
 
 # %% auto #0
 __all__ = ['Books', 'Repair', 'Say', 'Given', 'UNITS', 'ask_all', 'measure_repaired', 'measured', 'kept_at', 'tables', 'related',
@@ -224,7 +225,7 @@ def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings:
     if isinstance(own, GateRun): own = own.ranking
     # an order that was searched for one budget has no other sets
     if own is not None and own.budget is not None: own = None
-    with run.lock():
+    with run.lock(), at_hand(model):
         shown = compare_selections(
             model, lambda seed: materials.books(recipe.seed + seed), held_out, config,
             log=run.path("compare.jsonl"), repair=repairer(materials, model, config.steps),

@@ -17,7 +17,7 @@ from ..measure.spend import Spending
 from .materials import Materials, digest_of, stage_facts
 from ..selection import Selection
 from ..store import write_aside
-from ..train.together import processes
+from ..train.together import at_hand, processes
 
 # %% auto #0
 __all__ = ['Conversion', 'measured', 'scores_of', 'model_results', 'choice_results', 'results_of', 'write_results']
@@ -75,7 +75,7 @@ def measured(work: Conversion, model: nn.Module, what: str) -> dict[str, Any]:
     "An evaluation, and the seconds it took."
     began = time.perf_counter()
     settings = asdict(work.recipe.evaluate)
-    scores = asdict(evaluate(model, work.materials.tokenizer, **settings))
+    with at_hand(model): scores = asdict(evaluate(model, work.materials.tokenizer, **settings))
     check_finite(what, scores)
     seconds = time.perf_counter() - began
     return {"evaluation": scores, "seconds": seconds}

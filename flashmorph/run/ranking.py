@@ -19,6 +19,7 @@ from ..model.morph import MorphableModel, morph
 from .materials import Materials, digest_of
 from .recipe import load_recipe
 from ..selection import Ranking, Selection
+from ..train.together import at_hand
 
 # %% auto #0
 __all__ = ['EXCHANGE', 'kept_ranking', 'rankings_log', 'rank_layers', 'exchanged', 'said_of', 'check_cut', 'branches_of',
@@ -59,7 +60,8 @@ def rank_layers(
 
     def measure() -> Ranking:
         books = materials.books(recipe.seed)
-        return rank(model, books, recipe.method, log=rankings_log(run), **settings)
+        with at_hand(model):
+            return rank(model, books, recipe.method, log=rankings_log(run), **settings)
     return kept_ranking(run.path("ranking.json"), facts, model, measure)
 
 # %% ../../nbs/812_run.ranking.ipynb #cb98331e
@@ -100,7 +102,7 @@ def check_cut(
 
     def measure() -> Ranking:
         books = materials.books(materials.recipe.seed + 3)
-        return exchange(model, books, gates.ranking, budget, settings, log)
+        with at_hand(model): return exchange(model, books, gates.ranking, budget, settings, log)
     found = kept_ranking(log.with_name(EXCHANGE), facts, model, measure)
     selection = exchanged(gates, found, budget)
     say(said_of(selection, found.facts))
@@ -153,7 +155,7 @@ def run_ranking(
         kept = Ranking.load(file)
         if kept.facts.get("settings") == plain_settings(settings): return kept
     materials, model = branches_of(run)
-    with run.lock():
+    with run.lock(), at_hand(model):
         books = materials.books(materials.recipe.seed)
         ranking = rank(model, books, selector.name, log=rankings_log(run), **settings)
         ranking.save(file)

@@ -4,16 +4,17 @@
 
 # %% ../../nbs/405_train.together.ipynb #86e4c47e
 from __future__ import annotations
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from ..ops.context import Context
 
 # %% auto #0
-__all__ = ['ALONE', 'Together', 'Several', 'processes', 'check_groups', 'rows_each', 'context_groups']
+__all__ = ['ALONE', 'Together', 'Several', 'processes', 'at_hand', 'check_groups', 'rows_each', 'context_groups']
 
 # %% ../../nbs/405_train.together.ipynb #e4543ad5
 class Together:
@@ -94,6 +95,22 @@ def processes() -> Together:
     # not every launcher does
     os.environ.setdefault("RANK", str(state.process_index))
     return Several(state.device)
+
+# %% ../../nbs/405_train.together.ipynb #9763d331
+@contextlib.contextmanager
+def at_hand(model: nn.Module, device: torch.device | str | None = None) -> Iterator[None]:
+    "Inside, `model` is on a device, by default that of this process, if it has room there."
+    from accelerate.state import PartialState
+    if device is None: device = PartialState(cpu=not torch.accelerator.is_available()).device
+    home = next(model.parameters()).device
+    if home.type == torch.device(device).type:
+        yield
+        return
+    try:
+        try: model.to(device)
+        except torch.OutOfMemoryError: model.to(home)
+        yield
+    finally: model.to(home)
 
 # %% ../../nbs/405_train.together.ipynb #e76b8144
 def check_groups(world: int, size: int) -> None:
