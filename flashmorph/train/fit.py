@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from ..folder import Run, plain_name
 from ..model.context import context_parallel, piece_of
 from ..model.recompute import recomputing
-from ..results import amount
+from ..results import amount, duration
+from .health import Course, news
 from .objective import Callback, FitConfig, FitResult, Objective
 from .optimizers import set_rate
 from .precision import what_trains
@@ -23,7 +24,7 @@ from .state import State, all_facts, fresh, restore, restore_optimizer, save
 from .stop import graceful_stop, memory_advice
 
 # %% auto #0
-__all__ = ['on_device', 'micro_batches', 'gradients', 'one_step', 'tell', 'first_batches', 'begin', 'train', 'fit']
+__all__ = ['BAR', 'on_device', 'micro_batches', 'gradients', 'one_step', 'tell', 'first_batches', 'begin', 'train', 'fit']
 
 # %% ../../nbs/440_train.fit.ipynb #7818e30d
 def on_device(state: State, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,6 +121,9 @@ def begin(state: State, callbacks: list[Callback], progress: bool) -> None:
     save(state, Worker(objective))
 
 # %% ../../nbs/440_train.fit.ipynb #6b120f52
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
 def train(state: State, callbacks: list[Callback], progress: bool) -> None:
     "Take the steps that are left, from the optimizer of a checkpoint if there is one."
     c, together = state.config, state.together
@@ -127,22 +131,23 @@ def train(state: State, callbacks: list[Callback], progress: bool) -> None:
     optimizer: Any = worker.objective.optimizer(worker.parameters.values(), c)
     restore_optimizer(state, worker, optimizer)
     bar = tqdm(total=c.steps, initial=state.step, desc=state.stage, unit="step", leave=False,
-               disable=not (progress and together.rank == 0))
+               disable=not (progress and together.rank == 0), bar_format=BAR)
     if not bar.disable:
         line = what_trains(state.parameters, state.objective.frozen())
         bar.write(f"{state.notice}{state.stage} {line}")
     pieces = context_parallel(state.context, worker.objective)
     with bar, pieces, graceful_stop() as stopped:
         began = time.perf_counter() - state.seconds
-        first = state.tokens
+        course = Course(state)
         while state.step < c.steps:
             event = one_step(state, worker, optimizer)
             state.seconds = time.perf_counter() - began
             state.record(event)
             tell(state, callbacks, event)
-            rate = (state.tokens - first) / max(1e-9, bar.format_dict["elapsed"])
+            for line in () if bar.disable else news(course): bar.write(line)
             bar.update()
-            shown = {"loss": f"{event['loss']:.4g}", "tokens_s": f"{rate:,.0f}"}
+            shown = {"loss": f"{event['loss']:.4g}", "tokens_s": f"{course.rate():,.0f}",
+                     "left": duration(course.left())}
             shown[state.memory.name] = amount(state.peak_memory, "bytes")
             bar.set_postfix(shown, refresh=False)
             stop = together.any(stopped())
