@@ -2,7 +2,7 @@
 
 Reads `nbs/results/zoo_NAME_MIXER.json` of `tests/zoo.py`, makes the hybrid of every set that any
 selector keeps there, distils each three times on rows of its own, and measures it on the held-out
-rows. The result is `nbs/results/zoo_distilled.json`.
+rows. The result is `nbs/results/distilled_zoo.json`.
 """
 import argparse
 import json
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4, help="falls to a tenth")
     parser.add_argument("--teachers", type=Path, help="folder that keeps trained teachers")
     parser.add_argument("--log", type=Path, help="keeps every measurement, to go on from")
-    parser.add_argument("--json", type=Path, default=RESULTS / "zoo_distilled.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "distilled_zoo.json")
     asked = parser.parse_args()
     settings = {"steps": asked.steps, "batch_size": asked.batch_size, "lr": asked.lr,
                 "lr_end": asked.lr / 10}
