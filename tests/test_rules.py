@@ -11,6 +11,7 @@ import tokenize
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import distributions
 
 import pytest
 from notebooks import (
@@ -24,6 +25,7 @@ from notebooks import (
     lines_of,
     read,
 )
+from packaging.specifiers import SpecifierSet
 
 # Notebooks that export nothing: pages to read.
 PAGES = {"nbs/index.ipynb", "nbs/benchmarks.ipynb", "nbs/bench_selectors.ipynb"}
@@ -392,3 +394,16 @@ def test_public_names_are_what_a_user_calls():
     "`flashmorph.data.text` is the function, even though a module of that name exists."
     import flashmorph
     assert all(callable(getattr(flashmorph, name)) for name in flashmorph.__all__)
+
+
+def test_every_pin_takes_the_oldest_python():
+    "A version that needs a later 3.11 than a system has ends `make` there."
+    oldest = re.search(r"^min_python = (\S+)", (ROOT / "settings.ini").read_text(), re.M)[1] + ".0"
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    wanted = {one.metadata["Name"].lower().replace("_", "-"): one.metadata["Requires-Python"]
+              for one in distributions()}
+    known = {name: wanted.get(name.lower().replace("_", "-")) for name in pins}
+    assert sum(known[name] is not None for name in pins) > len(pins) / 2
+    too_new = {name: need for name, need in known.items()
+               if need and not SpecifierSet(need).contains(oldest)}
+    assert not too_new
