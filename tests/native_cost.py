@@ -15,14 +15,14 @@ from zoo import RESULTS, packed
 
 from flashmorph.folder import Run
 from flashmorph.measure.evaluate import HELD_OUT, held_out_rows
-from flashmorph.run.compare import repairer
+from flashmorph.run.compare import measured, repairer
 from flashmorph.run.ranking import branches_of
-from flashmorph.run.subsets import HeldOut, Values
+from flashmorph.run.subsets import MEASURES, HeldOut, Values
 
 
-def means(values: Values) -> dict[str, float]:
-    "The mean of each measure over the books."
-    return {name: round(statistics.fmean(of_books), 5) for name, of_books in values.items()}
+def means(values: Values, after: str = "") -> dict[str, float]:
+    "The mean over the books of each measure, of those called `kl, distilled` and so on if asked."
+    return {name: round(statistics.fmean(values[name + after]), 5) for name in MEASURES}
 
 
 def errors_of(run: Run) -> dict[str, float]:
@@ -41,10 +41,10 @@ def cost(run: Run, layers: list[int], steps: int, count: int) -> dict[str, Any]:
     rows, _ = held_out_rows(
         materials.tokenizer, replace(materials.recipe.evaluate, **sizes), HELD_OUT)
     held = HeldOut(model, rows, count, batch_size=4, log=run.path("compare.jsonl"))
-    repair = repairer(materials, model, steps)
-    found = {"teacher": means(held(range(model.num_layers))), "zero-shot": means(held(layers))}
-    after = held.once(f"distilled {steps}", layers, lambda: held.measure(repair(layers)))
-    return {"mixer": materials.recipe.mixer, **errors_of(run), **found, "distilled": means(after)}
+    [values] = measured(held, [layers], steps, repairer(materials, model, steps), print).values()
+    return {"mixer": materials.recipe.mixer, **errors_of(run),
+            "teacher": means(held(range(model.num_layers))), "zero-shot": means(values),
+            "distilled": means(values, ", distilled")}
 
 
 def main() -> None:

@@ -34,7 +34,6 @@ FEW = 10
 
 def rising(losses: Sequence[float]) -> str:
     "A sentence if the last losses are above each of the first, else nothing."
-    if len(losses) < 2 * FEW: return ""
     last, most = sum(losses[-FEW:]) / FEW, max(losses[:FEW])
     if last <= most: return ""
     return f"the loss rises: {last:.4g} in the mean of the last {FEW}, {most:.4g} at most at first"
@@ -57,8 +56,8 @@ def doubts(stage: str, config: Any, events: Sequence[dict[str, Any]]) -> list[st
     path = kind == "gates" and getattr(config, "align", "") == "answers"
     if gates and half and not path and (min(gates) > 0.99 or max(gates) < 0.01):
         found.append("all gates are open, or all are closed: they do not order the layers")
-    if len(events) >= 2 * FEW and not path and rising(losses): found.append(rising(losses))
-    return found
+    rise = "" if path or len(events) < 2 * FEW else rising(losses)
+    return [*found, rise] if rise else found
 
 # %% ../../nbs/432_train.health.ipynb #8d83971d
 class Course:
