@@ -21,22 +21,75 @@ from flashmorph.serve.export import export, sala_logits
 
 TEACHERS = ("qwen3", "qwen3_moe", "llama", "bundled")
 FORMS = {"qwen3": "qwen3_5", "qwen3_moe": "qwen3_next", "llama": "minicpm_sala",
-         "bundled": "qwen3_5"}
+         "llama full": "granitemoehybrid", "bundled": "qwen3_5"}
 
 # Runs where flashmorph cannot be imported: loads, computes, writes, saves and loads again.
+# transformers has no MiniCPM-SALA: there its Llama gets linear layers that go a token at a time.
 ALONE = """
-import sys
+import json, shutil, sys
 sys.modules["fla"] = sys.modules["flashmorph"] = None
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 torch.set_num_threads(1)
+
+class Lightning(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.rope = c["lightning_nh"], c["lightning_use_rope"]
+        for name in "qkvoz":
+            setattr(self, name + "_proj", nn.Linear(*2 * [c["hidden_size"]], bias=False))
+        self.o_norm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+
+    def forward(self, hidden_states, position_embeddings, **more):
+        x, n = hidden_states, self.heads
+        q, k, v = (getattr(self, name + "_proj")(x).unflatten(-1, (n, -1)).transpose(1, 2)
+                   for name in "qkv")
+        if self.rope: q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        decay = torch.exp(-torch.exp2(-8 * torch.arange(1, n + 1) / n))[:, None, None].to(x.dtype)
+        state, seen = 0, []
+        for i in range(x.shape[1]):
+            state = decay * state + k[:, :, i, :, None] * v[:, :, i, None]
+            seen.append((q[:, :, i, None] @ state)[:, :, 0])
+        o = self.o_norm(torch.stack(seen, 1).flatten(2) * q.shape[-1] ** -0.5)
+        return self.o_proj(o * self.z_proj(x).sigmoid()), None
+
+def sala(folder, dtype):
+    c = json.load(open(folder + "/config.json"))
+    assert c["scale_depth"] ** 2 == c["num_hidden_layers"]
+    assert c["scale_emb"] == 1 and c["dim_model_base"] == c["hidden_size"]
+    known = {name: c[name] for name in LlamaConfig().to_dict() if name in c}
+    rope = {"rope_theta": c["rope_theta"], "rope_type": "default"}
+    settings = {**known, "model_type": "llama", "rope_parameters": rope, "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    for layer, kind in zip(model.model.layers, c["mixer_types"]):
+        if kind == "lightning-attn": layer.self_attn = Lightning(c)
+    lacking, left = model.load_state_dict(load_file(folder + "/model.safetensors"), strict=False)
+    assert not left and set(lacking) <= {"lm_head.weight"}
+    return model.to(dtype).eval()
+
+def load(folder, dtype=torch.float32):
+    kind = json.load(open(folder + "/config.json"))["model_type"]
+    if kind == "minicpm_sala": return sala(folder, dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+def save(model, folder, again):
+    if not any(isinstance(m, Lightning) for m in model.modules()):
+        return model.save_pretrained(again)
+    shutil.copytree(folder, again)
+    tensors = {name: x for name, x in model.state_dict().items()
+               if name != "lm_head.weight" or not model.config.tie_word_embeddings}
+    save_file(tensors, again + "/model.safetensors", {"format": "pt"})
+
 found = {}
 for folder in sys.argv[2:]:
     ids = torch.load(folder + "/ids.pt")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.save_pretrained(folder + "/again")
-    again = AutoModelForCausalLM.from_pretrained(folder + "/again")
-    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = load(folder)
+    save(model, folder, folder + "/again")
+    again = load(folder + "/again")
+    half = load(folder, torch.bfloat16)
     greedy = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
     with torch.no_grad():
         found[folder] = {
@@ -65,10 +118,10 @@ def ids_of(hybrid) -> torch.Tensor:
 def alone(tmp_path_factory):
     "Hybrids, and what their checkpoints computed without flashmorph."
     root = tmp_path_factory.mktemp("exports")
-    hybrids = {name: hybrid_of(name) for name in TEACHERS if name != "llama"}
-    hybrids |= {f"{name} full": hybrid_of(name, range(4)) for name in ("qwen3", "qwen3_moe")}
+    hybrids = {name: hybrid_of(name) for name in TEACHERS}
+    hybrids |= {f"{name} full": hybrid_of(name, range(4)) for name in TEACHERS[:3]}
     for name, hybrid in hybrids.items():
-        export(hybrid, root / name, FORMS[name.removesuffix(" full")])
+        export(hybrid, root / name, FORMS.get(name) or FORMS[name.removesuffix(" full")])
         torch.save(ids_of(hybrid), root / name / "ids.pt")
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     folders = [str(root / name) for name in hybrids]
@@ -78,7 +131,7 @@ def alone(tmp_path_factory):
     return {name: (hybrid, found[str(root / name)]) for name, hybrid in hybrids.items()}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "bundled"])
+@pytest.mark.parametrize("name", [*TEACHERS, "llama full"])
 def test_alone(alone, name):
     "Logits within 1e-4 over 300 tokens, the same text, and the same bits after saving again."
     hybrid, found = alone[name]
