@@ -20,13 +20,13 @@ LONG = {"align": {"lr": 1e-3, "lr_end": None, "warmup": 2, "start": "copy"},
 def place(tmp_path_factory): return save_teacher(tmp_path_factory.mktemp("teacher") / "t")
 
 
-def train(stage, place, folder, steps, resume=False, callbacks=(), **more):
+def train(stage, place, folder, steps, resume=False, callbacks=(), workers=0, **more):
     "One stage from its start, or resumed; the weights that it trains, by name."
     teacher, tokenizer = fm.load_teacher(place)
     model = fm.morph(teacher)
     settings = {"steps": steps, "batch_size": 2, **LONG[stage], **more}
     known = {"run": folder, "resume": resume, "callbacks": callbacks}
-    rows = fm.text(tokenizer, length=32)
+    rows = fm.text(tokenizer, length=32, shards=2, workers=workers)
     books = fm.passkeys(tokenizer, length=96, keys=1, words_per_key=2)
     torch.manual_seed(1)
     if stage in ("align", "muon"):
@@ -57,6 +57,14 @@ def test_more_steps_equal_all_at_once(stage, place, tmp_path, capsys):
         assert f" to {steps}, begun" in out and f": the same as {steps} at once" in out
     assert same(ours, train(stage, place, tmp_path / "once", 5))
     assert events(tmp_path / "grown") == events(tmp_path / "once")
+
+
+def test_workers_read_on_for_more_steps(place, tmp_path):
+    "Rows made ahead of the steps that were asked for are not lost: as all at once, without any."
+    for steps, workers in ((2, 2), (5, 1), (7, 2)):
+        ours = train("distill", place, tmp_path / "grown", steps, resume=steps > 2,
+                     extendable=True, workers=workers)
+    assert same(ours, train("distill", place, tmp_path / "once", 7))
 
 
 def test_a_stopped_training_may_get_more_steps(place, tmp_path):

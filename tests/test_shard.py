@@ -1,5 +1,6 @@
 """Stages on several processes (gloo, CPU): equal to one, in shards, resumed by another number."""
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import flashmorph as fm
+from flashmorph.data.stories import Stories
 from flashmorph.run.convert import convert
 from flashmorph.run.recipe import Recipe, save_recipe
 from flashmorph.train.together import rows_each
@@ -24,13 +26,12 @@ TOL = 1e-5                      # of losses, and of all weights together: sums i
 COMMON = {"progress": False, "steps": STEPS, "batch_size": 8}
 
 
-def teacher(dtype=torch.float32, **sizes):
+def teacher(dtype=torch.float32, vocab_size=VOCAB):
     torch.manual_seed(0)
     return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-        initializer_range=0.2, **sizes,
-    )).to(dtype).eval()
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        head_dim=16, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        initializer_range=0.2)).to(dtype).eval()
 
 
 def mixture_of_experts():
@@ -179,6 +180,35 @@ def test_killed_and_resumed_by_another_number_of_processes(tmp_path):
     processes(4, repair, other)
     assert far([event["loss"] for event in other.log], losses) < TOL
 
+
+def read_ahead(file, folder, workers, at=None):
+    "Stage 3 from a file in shards that workers read ahead, perhaps killed at a step."
+    class Cut(fm.Callback):
+        def step(self, event):
+            if event["step"] == at: os.kill(os.getpid(), signal.SIGKILL)
+    _, tokenizer = fm.load_teacher()
+    rows = fm.text(tokenizer, file, length=24, shards=4, workers=workers)
+    large = teacher(vocab_size=len(tokenizer))
+    hybrid = fm.morph(large, "gdn").commit([1])
+    result = fm.distill(hybrid, large, rows, run=folder, resume=True, save_every=4,
+                        callbacks=[Cut()], **COMMON)
+    found = result.losses, weights(hybrid)
+    if os.environ.get("RANK", "0") == "0": torch.save(found, folder / "end")
+
+
+def test_rows_of_workers_ahead_of_sharded_steps(tmp_path):
+    "Two processes, killed, then four, killed, then one: as one process without workers."
+    file = tmp_path / "docs.jsonl"
+    lines = (json.dumps({"text": f"{n}. {Stories(3)[n]}"}) for n in range(40))
+    file.write_text("\n".join(lines))
+    for name in ("straight", "run"): (tmp_path / name).mkdir()
+    read_ahead(file, tmp_path / "straight", 0)
+    for world, at in ((2, 7), (4, 14)):
+        with pytest.raises(ProcessExitedException, match="SIGKILL"):
+            processes(world, read_ahead, file, tmp_path / "run", 1, at)
+    processes(2, read_ahead, file, tmp_path / "run", 1)
+    ours, theirs = (torch.load(tmp_path / name / "end") for name in ("run", "straight"))
+    assert far(ours[0], theirs[0]) < TOL and far(ours[1], theirs[1]) < TOL
 
 
 def by_name(file, name, folder=None, at=None):
