@@ -1,0 +1,86 @@
+"""Do selectors that read longer books find better sets? `python tests/longer_books.py RUN`.
+
+On the branches of a run, selectors read books as long as those that a comparison holds out, and
+their sets stand beside the sets that `flashmorph compare RUN` found with shorter ones, on the same
+held-out books. Gates are trained as the run's recipe says, and their order is kept as it is and
+after an exchange around its cut. A set of the comparison is not measured again.
+"""
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from zoo import RESULTS, packed
+
+from flashmorph.choose.rank import rank
+from flashmorph.choose.search import Exchange, exchange
+from flashmorph.data.passkeys import passkeys
+from flashmorph.folder import Run
+from flashmorph.measure.evaluate import HELD_OUT, held_out_rows
+from flashmorph.model.morph import MorphableModel
+from flashmorph.run.confidence import less, mean_of
+from flashmorph.run.materials import Materials
+from flashmorph.run.ranking import branches_of
+from flashmorph.run.subsets import HeldOut
+from flashmorph.store import read_json
+
+Order = tuple[str, tuple[int, ...]]
+BESIDE = {"swap": ("eliminate", "swap", "remove-one"), "flashmorph-swap": ("flashmorph-swap",),
+          "remove-one": ("remove-one",), "flashmorph": ("flashmorph",)}
+
+
+def books_of(materials: Materials) -> Any:
+    "Passkey books for selectors, of the shape of the held-out ones."
+    recipe = materials.recipe
+    sizes = {name: recipe.evaluate[name] for name in ("length", "keys", "words_per_key")}
+    settings = vars(replace(recipe.passkeys, **sizes))
+    return passkeys(materials.tokenizer, **settings, seed=recipe.seed)
+
+
+def chosen(materials: Materials, model: MorphableModel, k: int, log: Path) -> Iterator[Order]:
+    "The sets of `k` layers that selectors keep after reading the longer books."
+    recipe = materials.recipe
+    for method, settings in (("remove-one", {}), ("swap", {"budget": k})):
+        found = rank(model, books_of(materials), method, log=log, **settings)
+        yield method, found.select(k).layers
+    gates = recipe.gates
+    start = rank(model, books_of(materials), "flashmorph", steps=gates.steps,
+                 batch_size=gates.batch_size, seed=recipe.seed, progress=False)
+    yield "flashmorph", start.select(k).layers
+    found = exchange(model, books_of(materials), start, k, Exchange(), log)
+    yield "flashmorph-swap", found.select(k).layers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", help="a run that `flashmorph compare` has compared")
+    parser.add_argument("--budget", type=int, default=8)
+    parser.add_argument("--log", type=Path, default=Path("longer.jsonl"))
+    parser.add_argument("--json", type=Path, default=RESULTS / "longer_books_smollm2.json")
+    asked = parser.parse_args()
+    run = Run(asked.run)
+    materials, model = branches_of(run)
+    before = read_json(run.path("selections.json"), "a comparison")
+    held_rows, _ = held_out_rows(materials.tokenizer, materials.recipe.evaluate, HELD_OUT)
+    settings = before["settings"]
+    held = HeldOut(model, held_rows, settings["count"], batch_size=settings["batch_size"],
+                   log=run.path("compare.jsonl"))
+    short = {one["method"]: tuple(one["layers"]) for one in before["kept"]
+             if len(one["layers"]) == asked.budget and one["seed"] == 0}
+    sets: list[dict[str, Any]] = []
+    found = {"budget": asked.budget, "books": held.count, "sets": sets}
+    for method, layers in chosen(materials, model, asked.budget, asked.log):
+        long = held(layers)
+        sets.append({"method": method, "layers": list(layers), "kl": asdict(mean_of(long["kl"])),
+                     "less than with shorter books": {}})
+        for other in BESIDE[method]:
+            if other not in short: continue
+            gap = mean_of(less(held(short[other])["kl"], long["kl"]))
+            sets[-1]["less than with shorter books"][other] = asdict(gap)
+        print(json.dumps(sets[-1]), flush=True)
+        asked.json.write_text(packed(found), encoding="utf-8")
+
+
+if __name__ == "__main__": main()
