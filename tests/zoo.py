@@ -1,10 +1,12 @@
-"""A zoo of small teachers to judge selectors on: `python tests/zoo.py NAME` makes one of them.
+"""A zoo of small teachers to judge selectors on: `python tests/zoo.py` makes the whole table.
 
 The planted teachers are written down, not trained: which layers they need is known. The others are
 trained for some minutes on one core. Each is compared with all sets of layers of every size that is
-asked for, and the comparison becomes `nbs/results/zoo_NAME_MIXER.json`.
+asked for, and the comparison becomes `nbs/results/zoo_NAME_MIXER.json`. `NAME --mixer MIXER` makes
+one of them.
 """
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -244,30 +246,39 @@ def in_short(shown: Selections) -> dict[str, Any]:
     return {"subsets": subsets, "asked": asked, "kept": kept}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*PLANTED, *TRAINED, "bundled"])
-    parser.add_argument("--mixer", default="lightning")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--budgets", help="by default from 2 to half of the layers")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--teachers", type=Path, help="folder that keeps trained teachers")
-    parser.add_argument("--log", type=Path, help="keeps every measurement, to go on from")
-    parser.add_argument("--json", type=Path, help="the result, by default in nbs/results")
-    asked = parser.parse_args()
-    model, rows = morphable(asked.name, asked.mixer, asked.teachers)
+def compared(name: str, mixer: str, asked: argparse.Namespace) -> dict[str, Any]:
+    "One teacher with one mixer: itself, all its sets, and what selectors keep."
+    model, rows = morphable(name, mixer, asked.teachers)
     sizes = range(2, model.num_layers // 2 + 1)
     budgets = tuple(map(int, asked.budgets.split(","))) if asked.budgets else tuple(sizes)
     shown = compare_selections(
         model, lambda seed: rows(1000 + seed), rows(1_000_000), count=asked.count, budgets=budgets,
         methods=tuple(asked.methods.split(",")), seeds=asked.seeds, batch_size=64, log=asked.log,
         closely=False, interactions=False, say=lambda line: print(">", line, file=sys.stderr))
-    about = {"teacher": asked.name, "family": model.config.model_type, "layers": model.num_layers,
-             "mixer": asked.mixer, "held-out rows": asked.count}
-    found = {**about, **matters(model, rows(1_000_000), asked.count), **in_short(shown)}
-    name = f"zoo_{asked.name}_{asked.mixer}.json"
-    (asked.json or RESULTS / name).write_text(packed(found), encoding="utf-8")
+    about = {"teacher": name, "family": model.config.model_type, "layers": model.num_layers,
+             "mixer": mixer, "held-out rows": asked.count}
+    return {**about, **matters(model, rows(1_000_000), asked.count), **in_short(shown)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="by default all teachers")
+    parser.add_argument("--mixer", action="append", help="by default lightning, and then gdn")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--budgets", help="by default from 2 to half of the layers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--teachers", type=Path, help="folder that keeps trained teachers")
+    parser.add_argument("--log", type=Path, help="keeps every measurement, to go on from")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the results")
+    asked = parser.parse_args()
+    names = asked.names or [*PLANTED, *TRAINED]
+    if unknown := {*names} - {*PLANTED, *TRAINED, "bundled"}:
+        parser.error(f"no teacher {', '.join(sorted(unknown))}")
+    for name, mixer in itertools.product(names, asked.mixer or ["lightning", "gdn"]):
+        found = compared(name, mixer, asked)
+        file = asked.folder / f"zoo_{name}_{mixer}.json"
+        file.write_text(packed(found), encoding="utf-8")
 
 
 def packed(found: dict[str, Any]) -> str:
