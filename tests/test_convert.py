@@ -13,7 +13,7 @@ from flashmorph.measure.evaluate import evaluate
 from flashmorph.measure.plan import plan
 from flashmorph.run.convert import convert
 from flashmorph.run.recipe import load_recipe, recipe_toml
-from flashmorph.selection import Selection
+from flashmorph.selection import Ranking, Selection
 from flashmorph.model.teacher import load_model, load_teacher
 
 FRESH = """
@@ -59,6 +59,9 @@ def test_every_stage_ran(llama_run):
     planned = plan(recipe, rate=1e12)
     assert said[0].startswith(str(planned).split(": at least")[0])
     tokens = {stage.stage: stage.tokens for stage in planned.stages}
+    # the exchange stops by itself, at most with all that was planned
+    moved = Ranking.load(folder / "rankings" / "exchange.json").facts
+    assert tokens["exchange"] / 4 < moved["tokens"] <= tokens.pop("exchange")
     assert tokens == {stage: taken["tokens"] for stage, taken in results["spent"].items()}
     selection = Selection.load(folder)
     assert list(selection.layers) == results["layers"] and selection.budget == 2 and selection.digest

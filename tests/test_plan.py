@@ -1,4 +1,5 @@
 "What a conversion takes at least, counted before it runs."
+import re
 from unittest import mock
 
 import pytest
@@ -8,13 +9,14 @@ from small import save_teacher, small_recipe
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from flashmorph.choose.ablate import AnswerDivergence
 from flashmorph.choose.gates import AnswerObjective, PriceObjective
 from flashmorph.measure import machines
 from flashmorph.measure import plan as planning
 from flashmorph.measure.cost import CostModel, count_weights, meta_model, visible_pairs
 from flashmorph.measure.machines import Machine
 from flashmorph.measure.plan import plan
-from flashmorph.measure.spend import Passes
+from flashmorph.measure.spend import Passes, answering
 from flashmorph.model import logits
 from flashmorph.model.morph import morph
 from flashmorph.model.teacher import load_teacher
@@ -85,6 +87,19 @@ def test_each_stage_takes_what_is_counted(teacher, batch, mixer, monkeypatch):
         assert found == 2 * (passes.distill([0, 2], again) + (L + 6) * unseen)
         found = taken(NextTokenObjective(hybrid), batch)
         assert found == 2 * (passes.finetune([0, 2], again) + 6 * unseen)
+
+
+def test_the_exchange_takes_what_is_counted(teacher, batch):
+    "Two sets and the teacher, without shared blocks; a book of ten answers."
+    counted = CostModel(teacher.config, "lightning")
+    passes, unseen, L = Passes(counted, T), hidden_pairs(counted), counted.num_layers
+    books = [{name: x[0] for name, x in batch.items()}]
+    with FlopCounterMode(display=False) as counter:
+        far = AnswerDivergence(morph(teacher, "lightning"), books, 1, share=False)
+    spent = counter.get_total_flops()       # the digest and the check of blocks are in there
+    assert spent >= passes.teacher + L * unseen
+    with FlopCounterMode(display=False) as counter: far.many([{0}, {L - 1}])
+    assert counter.get_total_flops() == 2 * (answering(passes, 1, 10) + unseen)
 
 
 def test_the_start_takes_what_is_counted(teacher, batch):
@@ -161,7 +176,7 @@ def test_teachers_of_shipped_recipes_have_the_right_size(name, total):
 def test_a_shipped_recipe_has_a_plan_without_weights_or_network():
     machine = Machine("h100", 4, 0.5)
     made = plan(load_recipe("smollm2-135m"), machine=machine)
-    align, gates, distill, finetune = made.stages
+    align, gates, exchange, distill, finetune = made.stages
     assert gates.parts.gradients == gates.parts.optimizer == 0 and align.parts.logits == 0
     # at least 4 + 4 + 8 bytes for each weight of the hybrid, divided by four
     for stage in (distill, finetune):
@@ -169,6 +184,9 @@ def test_a_shipped_recipe_has_a_plan_without_weights_or_network():
         assert held.weights + held.gradients + held.optimizer > 16 * 134.5e6 / 4
         assert stage.memory == held.total() > held.weights + held.optimizer
         assert stage.seconds == stage.flops / (4 * 0.5 * 989e12)
+    # every process measures all of it, with a whole model
+    assert exchange.seconds == exchange.flops / (0.5 * 989e12)
+    assert exchange.parts.weights > 4 * gates.parts.weights * 0.99
 
 
 def test_the_command_plans_and_warns():
@@ -182,15 +200,17 @@ def test_the_command_plans_and_warns():
         assert done.exit_code == 2 and len(done.output.splitlines()) == 1, done.output
 
 
+@pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("name", list(shipped_recipes()))
-def test_a_plan_is_readable_at_80_columns(name):
+def test_a_plan_is_readable_at_80_columns(name, gpus):
     "Every line is a heading, a rule or a whole row, but for the sentence at the end."
-    made = plan(load_recipe(name), machine=Machine("h100", 1))
+    made = plan(load_recipe(name), machine=Machine("h100", gpus))
     console = Console(width=80, force_jupyter=False)
     with console.capture() as shown: console.print(made)
     lines = [line.strip() for line in shown.get().splitlines() if line.strip()]
-    rows = [line for line in lines if line.startswith(("align", "gates", "distill", "finetune"))]
-    assert len(rows) == 2 * len(made.stages) == len(lines) - 4 - 2
+    rows = [line for line in lines if line.startswith(tuple(s.label for s in made.stages))]
+    # headings of one line and of two, two rules, and the sentence
+    assert len(rows) == 2 * len(made.stages) == len(lines) - 3 - 2 - 2
     for row, cells in zip(rows, [s.hours(made.machine) for s in made.stages], strict=False):
         assert row.split() == " ".join(cells).split()
     assert " ".join(lines[-2:]) == str(made)
@@ -198,14 +218,63 @@ def test_a_plan_is_readable_at_80_columns(name):
 
 def test_steps_that_gpus_cannot_share_are_warned_of():
     recipe = small_recipe("bundled", gates={"steps": 2, "batch_size": 2, "accumulate": 2},
-                          finetune={"steps": 2, "batch_size": 8})
+                          finetune={"steps": 2, "batch_size": 8, "precision": "no"})
     lines = plan(recipe, machine=Machine("h100", 8)).warnings()
     assert [line.split(":")[0] for line in lines] == ["align", "gates", "distill flashmorph"]
     assert "a step of 4 rows (batch_size 2, accumulate 2) cannot be shared by 8" in lines[1]
     assert plan(recipe, machine=Machine("h100", 2)).warnings() == []
-    # two hold one row each, as long as the step is the same
-    finetune = [plan(recipe, machine=Machine("h100", n)).stages[3].parts for n in (1, 8)]
+    # eight hold one row each, and copies in 16 bits, which are whole, left out
+    finetune = [plan(recipe, machine=Machine("h100", n)).stages[4].parts for n in (1, 8)]
     assert 7.9 < finetune[0].activations / finetune[1].activations < 8.1
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-0.6b", "qwen3-1.7b"])
+def test_advice_on_steps_that_cannot_be_shared_works(name):
+    "`accumulate` as the warning says, and nothing is refused; the tokens stay."
+    machine = Machine("h100", 8)
+    made = plan(load_recipe(name), machine=machine)
+    advice = {line.split(":")[0]: re.search(r"accumulate = \d+", line)[0]
+              for line in made.warnings()}
+    assert advice == {"gates": "accumulate = 8"}
+    changes = [f"{stage}.{text.replace(' ', '')}" for stage, text in advice.items()]
+    mended = plan(load_recipe(name, changes), machine=machine)
+    assert mended.warnings() == []
+    for old, new in zip(made.stages, mended.stages, strict=True):
+        assert abs(new.tokens / old.tokens - 1) < 0.01
+
+
+def test_gpus_gather_what_computes():
+    """Against sizes of the real modules: the largest layer of a group twice, embeddings and head
+    once; the format of the teacher for what is frozen, four bytes and gradients for what trains."""
+    recipe = small_recipe("bundled", finetune={"steps": 1, "batch_size": 2}, mixer="gdn")
+    stages = {s.stage: s.parts for s in plan(recipe, machine=Machine("h100", 2)).stages}
+    alone = {s.stage: s.parts for s in plan(recipe, machine=Machine("h100", 1)).stages}
+    assert all(parts.gathered == 0 for parts in alone.values())
+    assert stages["exchange"].gathered == 0
+    teacher, _ = load_teacher()
+    model = morph(teacher, "gdn")
+    hybrid = model.commit([0, 1])
+    def size(module): return sum(p.numel() for p in {*module.parameters()})
+    decoder = hybrid.host.base_model
+    norm = size(decoder.norm)               # is spread over the layers
+    tables = size(hybrid.host) - size(decoder.layers) - norm
+    both = max(map(size, model.host.base_model.layers))
+    linear = max(map(size, decoder.layers))
+    close = {"rel": 2 * norm / tables}
+    for stage in ("align", "gates"):
+        assert stages[stage].gathered == pytest.approx(4 * (tables + 2 * both), **close)
+    branches = sum(size(layer.linear) for layer in model.layers)
+    assert stages["align"].gradients == pytest.approx(4 * branches * (1 + 1 / 2))
+    computes = 4 * (tables + 2 * linear)
+    assert stages["finetune-flashmorph"].gathered == pytest.approx(computes, **close)
+    assert stages["distill-flashmorph"].gathered == pytest.approx(computes + 4 * tables, **close)
+    slopes = stages["distill-flashmorph"].gradients - 4 * size(hybrid) / 2
+    assert slopes == pytest.approx(computes, **close)
+    # the teacher in 16 bits takes half
+    half = load_teacher()[0].config
+    half.dtype = torch.bfloat16
+    frozen = plan(recipe, half, machine=Machine("h100", 2)).stages[3].parts.gathered
+    assert frozen == pytest.approx(computes + 2 * tables, **close)
 
 
 @pytest.mark.parametrize("changes, ways", [
@@ -215,20 +284,20 @@ def test_a_warning_names_what_helps(monkeypatch, changes, ways):
     "Smaller batches only where there is more than a row, and neither where weights need too much."
     recipe = small_recipe("bundled", distill={"steps": 1, **changes}, passkeys={"length": 512},
                           text={"length": 512})
-    taken = plan(recipe, machine=Machine("h100")).stages[2]
+    taken = plan(recipe, machine=Machine("h100")).stages[3]
     wanted = tuple(planning.WAYS[i] if isinstance(i, int) else i for i in ways)
     for memory, found in ((taken.parts.lasting + 1, wanted), (taken.parts.lasting, wanted[-1:])):
         monkeypatch.setitem(machines.GPUS, "h100", (1e12, memory))
         made = plan(recipe, machine=Machine("h100"))
-        assert made.stages[2].ways == found
+        assert made.stages[3].ways == found
         line = next(line for line in made.warnings() if line.startswith("distill"))
-        assert line.endswith(planning.in_words(found))
+        assert line.endswith(machines.in_words(found))
 
 
 def test_memory_follows_the_settings():
     def held(**stage):
         recipe = small_recipe("bundled", distill={"steps": 1, **stage})
-        return plan(recipe, rate=1e9, machine=Machine("cpu")).stages[2].parts
+        return plan(recipe, rate=1e9, machine=Machine("cpu")).stages[3].parts
     one, two = held(batch_size=4), held(batch_size=8)
     assert 1.9 < two.activations / one.activations < 2.1 and two.gradients == one.gradients
     again = held(batch_size=8, recompute=True)
@@ -237,9 +306,9 @@ def test_memory_follows_the_settings():
 
 
 def test_a_run_that_cannot_fit_is_warned_of(monkeypatch):
-    monkeypatch.setattr(planning, "memory_here", lambda: 1000)
+    monkeypatch.setattr(machines, "memory_here", lambda: 1000)
     warned = plan(small_recipe("bundled"), rate=1e9).warnings()
-    assert len(warned) == 4 and all("this machine has 1 KB" in line for line in warned)
+    assert len(warned) == 5 and all("this machine has 1 KB" in line for line in warned)
 
 
 def test_convert_warns_before_it_trains(monkeypatch, tmp_path):
@@ -259,7 +328,7 @@ def test_convert_warns_before_it_trains(monkeypatch, tmp_path):
 def test_an_optimizer_has_its_memory_and_its_work():
     def stage(**settings):
         recipe = small_recipe("bundled", distill={"steps": 3, **settings})
-        return plan(recipe, rate=1e9, machine=Machine("cpu")).stages[2]
+        return plan(recipe, rate=1e9, machine=Machine("cpu")).stages[3]
     plain, fused, muon, small = (
         stage(optimizer=name) for name in ("adamw", "adamw-fused", "muon", "adamw-8bit"))
     assert plain.parts.optimizer == fused.parts.optimizer == 8 * plain.parts.gradients / 4
@@ -273,6 +342,6 @@ def test_an_optimizer_has_its_memory_and_its_work():
     optimizer = make_optimizer("muon", hybrid, hybrid.parameters(), 1e-3)
     with FlopCounterMode(display=False) as counter: optimizer.step()
     recipe = small_recipe("bundled", budget=3, distill={"steps": 3, "optimizer": "muon"})
-    planned = plan(recipe, rate=1e9).stages[2].flops
+    planned = plan(recipe, rate=1e9).stages[3].flops
     recipe = small_recipe("bundled", budget=3, distill={"steps": 3})
-    assert planned - plan(recipe, rate=1e9).stages[2].flops == 3 * counter.get_total_flops()
+    assert planned - plan(recipe, rate=1e9).stages[3].flops == 3 * counter.get_total_flops()

@@ -5,12 +5,18 @@
 # %% ../../nbs/537_measure.machines.ipynb #a35e69ac
 from __future__ import annotations
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
+from rich import box
+from rich.console import Group
+from rich.jupyter import JupyterMixin
+from rich.table import Table
+from rich.text import Text
 from ..results import amount, duration, stage_label
 
 # %% auto #0
-__all__ = ['GPUS', 'WAYS', 'memory_here', 'Machine', 'Parts', 'in_words', 'StagePlan']
+__all__ = ['GPUS', 'WAYS', 'AT_LEAST', 'TIMES', 'HELD', 'memory_here', 'Machine', 'Parts', 'in_words', 'StagePlan',
+           'without_empty', 'table_of', 'Plan']
 
 # %% ../../nbs/537_measure.machines.ipynb #cb31db7d
 GPUS = {"h100": (989e12, 80e9), "h200": (989e12, 141e9), "a100": (312e12, 80e9),
@@ -60,22 +66,23 @@ class Parts:
     disk: float
     together: bool      # do gradients and activations exist at once?
     again: float = 0.0  # activations of one layer, which runs again after the loss
+    gathered: float = 0.0       # weights of other GPUs, while they compute here
 
     @property
     def lasting(self) -> float:
         "What is held for the whole stage, however few rows a step has."
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gathered + self.gradients + self.optimizer
 
     def total(self) -> int:
         "The most at once: in the loss, in a layer that runs again, or with all gradients."
         passing = self.activations + max(self.logits, self.again)
         after = self.gradients + self.again
         extra = passing + self.gradients if self.together else max(passing, after)
-        return int(self.weights + self.optimizer + extra)
+        return int(self.weights + self.gathered + self.optimizer + extra)
 
     def row(self) -> list[str]:
-        kinds = (self.weights, self.gradients, self.optimizer, self.activations + self.again,
-                 self.logits, self.total())
+        kinds = (self.weights, self.gathered, self.gradients, self.optimizer,
+                 self.activations + self.again, self.logits, self.total())
         return [amount(size, "bytes") if size else "" for size in kinds]
 
 # %% ../../nbs/537_measure.machines.ipynb #c4dfe5e7
@@ -93,7 +100,8 @@ class StagePlan:
     """What one stage takes at least; `memory` is in bytes, `rate` in FLOPs a second.
 
     With `parts`, `memory` is not the least but what is predicted. `ways` lead to less memory, and
-    `refused` is why the GPUs cannot share a step, if so."""
+    `refused` is why the GPUs cannot share a step, if so. With `at_most` the stage may stop earlier,
+    and takes as many tokens and FLOPs only if it does not."""
     stage: str
     tokens: int
     flops: int
@@ -102,20 +110,102 @@ class StagePlan:
     parts: Parts | None = None
     ways: tuple[str, ...] = WAYS
     refused: str = ""
+    at_most: bool = False
 
+    @property
+    def label(self) -> str: return stage_label(self.stage) + (", at most" if self.at_most else "")
     @property
     def seconds(self) -> float: return self.flops / self.rate
     def row(self) -> list[str]:
         speed = amount(self.tokens / self.seconds, "count") if self.flops else ""
         counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
-        return [stage_label(self.stage), *counts, speed, duration(self.seconds),
+        return [self.label, *counts, speed, duration(self.seconds),
                 amount(self.memory, "bytes")]
 
     def hours(self, machine: Machine) -> list[str]:
         counts = [amount(self.tokens, "count"), amount(self.flops, "flops")]
         taken = f"{self.seconds * machine.gpus / 3600:,.3g}"
         disk = amount(self.parts.disk, "bytes") if self.parts and self.parts.disk else ""
-        return [stage_label(self.stage), *counts, taken, duration(self.seconds), disk]
+        return [self.label, *counts, taken, duration(self.seconds), disk]
 
     def held(self) -> list[str]:
-        return [stage_label(self.stage), *(self.parts.row() if self.parts else [])]
+        return [self.label, *(self.parts.row() if self.parts else [])]
+
+# %% ../../nbs/537_measure.machines.ipynb #90549bf3
+AT_LEAST = ("tokens", "FLOPs", "tokens/s\nat most", "time\nat least", "memory\nat least")
+TIMES = ("tokens", "FLOPs", "GPU hours", "time", "disk")
+HELD = ("weights", "gathered", "gradients", "moments", "activa-\ntions", "logits", "at once")
+
+
+def without_empty(
+    names: tuple[str, ...], rows: list[list[str]]
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    "Names of columns and rows, which begin with a stage, without columns that are empty."
+    if not rows: return names, rows
+    first, *columns = zip(*rows)
+    shown = [(name, cells) for name, cells in zip(names, columns) if any(cells)]
+    kept = [first, *(cells for _, cells in shown)]
+    return tuple(name for name, _ in shown), [list(row) for row in zip(*kept)]
+
+
+def table_of(names: tuple[str, ...], rows: list[list[str]], first: str = "stage") -> Table:
+    "A table of stages, without empty columns; `names` are those of all columns but the `first`."
+    names, rows = without_empty(names, rows)
+    gap = 1 if len(names) < 6 else 0            # 80 columns
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in names: table.add_column(name, justify="right", overflow="fold")
+    for row in rows: table.add_row(*row)
+    return table
+
+# %% ../../nbs/537_measure.machines.ipynb #f9fed3d2
+@dataclass(frozen=True)
+class Plan(JupyterMixin):
+    "What each stage of a recipe takes, at least or on a `machine`; shown as a table."
+    stages: tuple[StagePlan, ...]
+    machine: Machine | None = None
+
+    def warnings(self) -> list[str]:
+        "A line for each stage that needs more memory than there is, or cannot be shared."
+        most = self.machine.memory if self.machine else memory_here()
+        gpu = self.machine.gpu if self.machine else "cpu"
+        where = "this machine" if gpu == "cpu" else f"a GPU ({gpu})"
+        lines = []
+        for s in self.stages:
+            name = stage_label(s.stage)
+            if s.refused: lines.append(f"{name}: {s.refused}")
+            if s.memory <= most: continue
+            lines.append(f"{name} needs {amount(s.memory, 'bytes')} of memory and {where} has "
+                         f"{amount(most, 'bytes')}: {in_words(s.ways)}")
+        return lines
+
+    def least(self, processes: int = 1) -> str:
+        "A line: what all stages take at least on this machine, in so many processes."
+        # a stage that may stop earlier takes nothing for sure
+        least = replace(self, stages=tuple(s for s in self.stages if not s.at_most))
+        seconds = sum(stage.seconds for stage in least.stages) / processes
+        most = max(stage.memory for stage in least.stages) / processes
+        where = f"in each of {processes} processes " if processes > 1 else ""
+        return (f"{least.taken()}: at least {duration(seconds)} and {amount(most, 'bytes')} of "
+                f"memory {where}on this machine")
+
+    def taken(self) -> str:
+        flops = sum(stage.flops for stage in self.stages)
+        tokens = sum(stage.tokens for stage in self.stages)
+        return f"{amount(tokens, 'count')} tokens, {amount(flops, 'flops')}"
+
+    def __str__(self) -> str:
+        m = self.machine
+        if m is None: return self.least()
+        seconds, most = sum(s.seconds for s in self.stages), max(s.memory for s in self.stages)
+        hours = f"{seconds * m.gpus / 3600:,.1f} hours of {m.gpu}"
+        return (f"{self.taken()}: {hours} in {duration(seconds)} on {m.gpus}, at {m.share:.0%} of "
+                f"the peak; {amount(most, 'bytes')} of memory each")
+
+    def __rich__(self) -> Group:
+        m = self.machine
+        line = Text(str(self), style="italic dim")
+        if m is None: return Group(table_of(AT_LEAST, [s.row() for s in self.stages]), line)
+        times = table_of(TIMES, [s.hours(m) for s in self.stages])
+        held = table_of(HELD, [s.held() for s in self.stages], "memory of each GPU")
+        return Group(times, held, line)

@@ -23,7 +23,7 @@ from ..ops.context import Thread
 # %% auto #0
 __all__ = ['SHAPES', 'TABLES_HELD', 'MOMENTS', 'Saved', 'NoValues', 'nothing_saved', 'few_layers', 'decoder_saved',
            'softmax_saved', 'mixer_saved', 'Layers', 'layers_saved', 'activations', 'logits_bytes', 'moment_bytes',
-           'no_matrices']
+           'table_weights', 'no_matrices', 'gathered']
 
 # %% ../../nbs/535_measure.memory.ipynb #07ed63fb
 class Saved:
@@ -168,16 +168,18 @@ def activations(
 ) -> tuple[float, float]:
     """Bytes of activations of a step on `rows` rows, or on one of `pieces` of their tokens: what
     stands when the loss is computed, and, with `again`, a layer that runs again after it. `kind`
-    is `align`, `gates`, or another stage, which has `full` full layers."""
+    is `align`, `gates`, `exchange`, or another stage, which has `full` full layers."""
     L = model.num_layers
     tokens = math.ceil(tokens / pieces)
     saved = layers_saved(model, rows, tokens, dtype, kind != "gates", pieces)
+    if kind == "exchange": return L * saved.hidden + saved.inner, 0.0
     if kind == "align": return max(saved.branch + 6 * saved.hidden, saved.inner), 0.0
     layers = L * saved.mixed if kind == "gates" else full * saved.full + (L - full) * saved.linear
     return (L * saved.hidden, layers / L) if again else (layers, 0.0)
 
 # %% ../../nbs/535_measure.memory.ipynb #3571983b
-TABLES_HELD = {"gates": 6, "distill": 6, "finetune": 4}     # of float32 numbers, a token by a word
+# tables of float32 numbers, a token by a word
+TABLES_HELD = {"gates": 6, "exchange": 6, "distill": 6, "finetune": 4}
 
 
 def logits_bytes(config: PreTrainedConfig, kind: str, tokens: int) -> int:
@@ -196,8 +198,26 @@ def moment_bytes(name: str, trained: float, others: float = 0.0) -> float:
     return MOMENTS[name] * (trained - others) + MOMENTS["adamw"] * others
 
 
+def table_weights(model: CostModel) -> int:
+    "Weights of the head and of embeddings."
+    return model.weights.head + sum(size for size, _ in model.weights.tables)
+
+
 def no_matrices(model: CostModel) -> int:
     "Weights of the head, of embeddings and of experts."
-    weights = model.weights
-    tables = sum(size for size, _ in weights.tables)
-    return weights.head + tables + sum(size for size, _, _ in weights.experts)
+    return table_weights(model) + sum(size for size, _, _ in model.weights.experts)
+
+# %% ../../nbs/535_measure.memory.ipynb #8ae7b695
+def gathered(model: CostModel, kind: str, frozen: int, branch: float = 0) -> tuple[float, float]:
+    """Bytes of weights and of gradients that FSDP makes whole, in a process of several.
+
+    `frozen`: bytes of a weight of the teacher; `branch`: weights of a linear branch, or of a
+    mixer in stages 3 and 4."""
+    rest = table_weights(model)
+    layer = (model.weights.parameters - rest) / model.num_layers
+    if kind in ("align", "gates"):
+        slopes = model.num_layers * branch if kind == "align" else 0
+        return frozen * (rest + 2 * layer) + 2 * 4 * branch, 4 * slopes
+    # the tables of the teacher stand beside those of the hybrid
+    teacher = frozen * rest if kind == "distill" else 0
+    return teacher + 4 * (rest + 2 * (layer + branch)), 4 * (rest + 2 * (layer + branch))

@@ -5,107 +5,37 @@
 # %% ../../nbs/540_measure.plan.ipynb #440091ec
 from __future__ import annotations
 import math, os, tomllib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 import torch
-from rich import box
-from rich.console import Group
-from rich.jupyter import JupyterMixin
-from rich.table import Table
-from rich.text import Text
 from transformers import AutoConfig, PreTrainedConfig
 from ..data.rows import row_tokens
 from .cost import CostModel
-from .machines import WAYS, Machine, Parts, StagePlan, in_words, memory_here
-from .memory import activations, logits_bytes, moment_bytes, no_matrices
-from .spend import Passes, cheapest, muon_hybrid
+from .machines import WAYS, Machine, Parts, Plan, StagePlan
+from flashmorph.measure.memory import (
+    activations, gathered, logits_bytes, moment_bytes, no_matrices,
+)
+from .spend import Passes, answering, cheapest, muon_hybrid
 from ..model.logits import LOGITS
 from ..model.parts import HALF
 from ..model.teacher import find_model, read_config
 from ..ops.meter import ceilings
-from ..results import amount, duration, stage_label
 from ..selection import budget_or_quarter
 from ..train.objective import FitConfig
 from ..train.precision import gpu_has_bf16
 from ..train.together import rows_each
 
 # %% auto #0
-__all__ = ['AT_LEAST', 'TIMES', 'HELD', 'TOKENS_A_WORD', 'stage_dtype', 'table_of', 'Plan', 'shares', 'Planner', 'parts_of',
-           'plan_search', 'plan_repair', 'teacher_config', 'plan', 'opening_lines']
+__all__ = ['TOKENS_A_WORD', 'stage_dtype', 'shares', 'Planner', 'weights_held', 'copied', 'parts_of', 'exchange_parts',
+           'plan_exchange', 'plan_search', 'plan_repair', 'teacher_config', 'plan', 'opening_lines']
 
 # %% ../../nbs/540_measure.plan.ipynb #88c8422d
 def stage_dtype(config: FitConfig, frozen: torch.dtype, morphs: bool) -> torch.dtype:
     "The format of a stage's products; `morphs`: trains beside `frozen` weights in one model."
     half = config.precision == "bf16" or gpu_has_bf16() or (morphs and frozen in HALF)
     return torch.bfloat16 if half and config.precision != "no" else torch.float32
-
-# %% ../../nbs/540_measure.plan.ipynb #e430351c
-AT_LEAST = ("tokens", "FLOPs", "tokens/s\nat most", "time\nat least", "memory\nat least")
-TIMES = ("tokens", "FLOPs", "GPU hours", "time", "disk")
-HELD = ("weights", "gradients", "optimizer", "activations", "logits", "at once")
-
-
-def table_of(names: tuple[str, ...], rows: list[list[str]], first: str = "stage") -> Table:
-    "A table of stages; `names` are those of all columns but the `first`."
-    gap = 1 if len(names) < 6 else 0            # 80 columns
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for name in names: table.add_column(name, justify="right", overflow="fold")
-    for row in rows: table.add_row(*row)
-    return table
-
-# %% ../../nbs/540_measure.plan.ipynb #08eabf72
-@dataclass(frozen=True)
-class Plan(JupyterMixin):
-    "What each stage of a recipe takes, at least or on a `machine`; shown as a table."
-    stages: tuple[StagePlan, ...]
-    machine: Machine | None = None
-
-    def warnings(self) -> list[str]:
-        "A line for each stage that needs more memory than there is, or cannot be shared."
-        most = self.machine.memory if self.machine else memory_here()
-        gpu = self.machine.gpu if self.machine else "cpu"
-        where = "this machine" if gpu == "cpu" else f"a GPU ({gpu})"
-        lines = []
-        for s in self.stages:
-            name = stage_label(s.stage)
-            if s.refused: lines.append(f"{name}: {s.refused}")
-            if s.memory <= most: continue
-            lines.append(f"{name} needs {amount(s.memory, 'bytes')} of memory and {where} has "
-                         f"{amount(most, 'bytes')}: {in_words(s.ways)}")
-        return lines
-
-    def least(self, processes: int = 1) -> str:
-        "A line: what all stages take at least on this machine, in so many processes."
-        seconds = sum(stage.seconds for stage in self.stages) / processes
-        most = max(stage.memory for stage in self.stages) / processes
-        where = f"in each of {processes} processes " if processes > 1 else ""
-        return (f"{self.taken()}: at least {duration(seconds)} and {amount(most, 'bytes')} of "
-                f"memory {where}on this machine")
-
-    def taken(self) -> str:
-        flops = sum(stage.flops for stage in self.stages)
-        tokens = sum(stage.tokens for stage in self.stages)
-        return f"{amount(tokens, 'count')} tokens, {amount(flops, 'flops')}"
-
-    def __str__(self) -> str:
-        m = self.machine
-        if m is None: return self.least()
-        seconds = sum(stage.seconds for stage in self.stages)
-        most = max(stage.memory for stage in self.stages)
-        hours = f"{seconds * m.gpus / 3600:,.1f} hours of {m.gpu}"
-        return (f"{self.taken()}: {hours} in {duration(seconds)} on {m.gpus}, at {m.share:.0%} of "
-                f"the peak; {amount(most, 'bytes')} of memory each")
-
-    def __rich__(self) -> Group:
-        m = self.machine
-        line = Text(str(self), style="italic dim")
-        if m is None: return Group(table_of(AT_LEAST, [s.row() for s in self.stages]), line)
-        times = table_of(TIMES, [s.hours(m) for s in self.stages])
-        held = table_of(HELD, [s.held() for s in self.stages], "memory of each GPU")
-        return Group(times, held, line)
 
 # %% ../../nbs/540_measure.plan.ipynb #a1a97e01
 def shares(config: FitConfig, gpus: int) -> tuple[int, int, str]:
@@ -142,7 +72,8 @@ class Planner:
 
         # rows matter if what lasts has room
         room = parts.lasting < self.machine.memory
-        helpful = (room and at_once > 1, room and not config.recompute)
+        again = room and not config.recompute and name != "align"
+        helpful = (room and at_once > 1, again)
         ways = [way for way, helps in zip(WAYS, helpful) if helps]
         more: Any = {"parts": parts, "ways": (*ways, WAYS[-1]), "refused": refused}
         return replace(plain, memory=parts.total(), **more)
@@ -165,6 +96,35 @@ class Planner:
         if format not in self.rates: self.rates[format] = ceilings(format, device)["flops"]
         return self.rates[format]
 
+# %% ../../nbs/540_measure.plan.ipynb #49351798
+def weights_held(
+    planner: Planner, kind: str, hybrid: int, branches: int
+) -> tuple[float, float, float]:
+    """Bytes of weights in a process, at rest and gathered, and of gradients that are whole.
+
+    `hybrid` and `branches` are numbers of weights."""
+    model, machine = planner.model, planner.machine or Machine("cpu")
+    repairs = kind not in ("align", "gates")
+    teacher = model.weights.parameters * planner.dtype.itemsize
+    everything = teacher + 4 * branches + (4 * hybrid if repairs else 0)
+    if machine.gpus == 1: return everything, 0.0, 0.0
+
+    # what computes, divided; a CPU has the models as a whole beside it
+    used = (teacher if kind == "distill" else 0) + 4 * hybrid if repairs else everything
+    resting = used / machine.gpus + (everything if machine.gpu == "cpu" else 0)
+    largest = max(mixer.parameters for mixer in model.mixers)
+    branch = largest if repairs else branches / model.num_layers
+    return resting, *gathered(model, kind, planner.dtype.itemsize, branch)
+
+
+def copied(planner: Planner, config: FitConfig, kind: str, trained: int) -> int:
+    "Bytes of copies in bf16 that stand when the loss is computed."
+    alone = planner.machine is None or planner.machine.gpus == 1
+    # several processes copy a weight each time that they need it, and keep it for the backward pass
+    if not alone and (kind == "align" or config.recompute): return 0
+    looked_up = 0 if kind == "align" else sum(size for size, _ in planner.model.weights.tables)
+    return 2 * max(trained - looked_up, 0)
+
 # %% ../../nbs/540_measure.plan.ipynb #6859e39a
 TOKENS_A_WORD = 3           # of a passkey: 1.5 with the bundled tokenizer, 2.7 with SmolLM2's
 
@@ -182,19 +142,19 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
 
     # weights, and what training adds to them
     trained = hybrid if repairs else branches if kind == "align" else 0
-    kept = model.weights.parameters * planner.dtype.itemsize + 4 * branches
-    weights = kept + (4 * hybrid if repairs else 0)
+    weights, whole, slopes = weights_held(planner, kind, hybrid, branches)
     name = getattr(config, "optimizer", "adamw")
     moments = moment_bytes(name, trained, no_matrices(model) if repairs else 0)
     rows, times, _ = shares(config, machine.gpus)
-    copies = 2 if kind == "align" and times > 1 else 1
+    # stage 1 computes gradients in its forward pass: added to others, they are a second copy
+    copies = 2 if kind == "align" and times > 1 and machine.gpus == 1 else 1
 
     # what the step holds
     format = planner.format(stage, config)
     pieces = config.context_parallel
     held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute,
                               pieces)
-    if format == torch.bfloat16: held += 2 * trained / machine.gpus
+    if format == torch.bfloat16: held += copied(planner, config, kind, trained)
     books = planner.recipe.rows("gates")
     answers = books.keys * books.words_per_key * TOKENS_A_WORD
     predicted = rows * (answers if kind == "gates" else math.ceil(passes.tokens / pieces))
@@ -202,10 +162,41 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
     if repairs: logits += 4 * model.weights.head
     share = 1 / machine.gpus
     return Parts(
-        weights=share * weights, gradients=share * 4 * trained * copies,
+        weights=weights, gradients=share * 4 * trained * copies + slopes,
         optimizer=share * moments, activations=held, logits=logits,
         disk=(config.keep + 1) * (4 * trained + moments),
-        together=kind == "align" or times > 1, again=again)
+        together=kind == "align" or times > 1, again=again, gathered=whole)
+
+# %% ../../nbs/540_measure.plan.ipynb #1335b1f4
+def exchange_parts(planner: Planner, weights: int, rows: int, tokens: int, answers: int) -> Parts:
+    "What every process holds while it asks `rows` books of `tokens` tokens."
+    model = planner.model
+    held, _ = activations(model, "exchange", rows, tokens, planner.dtype)
+    logits = logits_bytes(model.config, "exchange", rows * answers)
+    return Parts(weights, 0.0, 0.0, held, logits, disk=0.0, together=False)
+
+
+def plan_exchange(planner: Planner, weights: int) -> list[StagePlan]:
+    "The exchange around the cut of the gates, with `weights` bytes of a whole model: at most."
+    config: Any = getattr(planner.recipe, "rank", None)
+    budget, reach = planner.budget, getattr(config, "reach", 0)
+    above, below = min(reach, budget), min(reach, planner.model.num_layers - budget)
+    if not above or not below: return []
+    books = planner.recipe.passkeys
+    answers = books.keys * books.words_per_key * TOKENS_A_WORD
+    passes = planner.of_length(books.length)
+    sets, count = math.comb(above + below, above), config.count or 0
+
+    # no set meets a book twice
+    flops = count * (passes.teacher + sets * answering(passes, budget, answers))
+    rate = planner.speed(planner.dtype)
+    if planner.machine: rate /= planner.machine.gpus
+    stage = StagePlan("exchange", count * (1 + sets) * books.length, flops, weights, rate,
+                      ways=("a smaller rank.batch_size", "rank.reach = 0"), at_most=True)
+    if planner.machine is None: return [stage]
+    rows = min(config.batch_size, count)
+    parts = exchange_parts(planner, weights, rows, books.length, answers)
+    return [replace(stage, memory=parts.total(), parts=parts)]
 
 # %% ../../nbs/540_measure.plan.ipynb #80bdd184
 def plan_search(planner: Planner) -> list[StagePlan]:
@@ -230,7 +221,7 @@ def plan_search(planner: Planner) -> list[StagePlan]:
     if planner.recipe.method != "flashmorph": return [first]
     rows = planner.passes("gates")
     second = planner.stage("gates", gates, rows.tokens, rows.gates(), teacher + 4 * branches)
-    return [first, second]
+    return [first, second, *plan_exchange(planner, teacher + 4 * branches)]
 
 # %% ../../nbs/540_measure.plan.ipynb #e2005f11
 def plan_repair(planner: Planner, name: str, budget: int) -> list[StagePlan]:

@@ -17,7 +17,7 @@ from ..train.objective import Callback, FitResult
 from ..train.optimizers import linear_layers
 
 # %% auto #0
-__all__ = ['Spending', 'mixer_flops', 'muon_flops', 'muon_hybrid', 'Layer', 'layers_of', 'Passes', 'cheapest']
+__all__ = ['Spending', 'mixer_flops', 'muon_flops', 'muon_hybrid', 'Layer', 'layers_of', 'Passes', 'cheapest', 'answering']
 
 # %% ../../nbs/530_measure.spend.ipynb #a654158b
 class Spending(Callback):
@@ -181,3 +181,10 @@ def cheapest(passes: Passes, budget: int) -> list[int]:
     layers = passes.layers
     def more(i: int) -> int: return layers[i].full_trained - layers[i].linear_trained
     return sorted(range(len(layers)), key=more)[:budget]
+
+
+def answering(passes: Passes, budget: int, predicted: int) -> int:
+    "FLOPs of a forward pass with `budget` full layers, at most, and of logits of it and teacher."
+    more = sorted(layer.projections + layer.pairs - layer.branch for layer in passes.layers)
+    linear = passes.rest + sum(layer.branch for layer in passes.layers)
+    return linear + sum(more[len(more) - budget:]) + 2 * predicted * passes.head

@@ -53,10 +53,13 @@ def micro_batches(state: State, objective: Objective) -> Iterator[dict[str, Tens
 def gradients(state: State, worker: Worker) -> tuple[float, dict[str, Any]]:
     "The backward passes of a step. Returns the loss, over all processes, and numbers to log."
     objective = worker.objective
+    from accelerate.utils import AutocastKwargs
     losses: list[Tensor] = []
     metrics: dict[str, Any] = {}
+    # in 16 bits, a copy of every gathered weight would stay until the loss
+    casting = AutocastKwargs(cache_enabled=state.together.world == 1)
     for batch in micro_batches(state, objective):
-        with state.acc.autocast(): loss, metrics = objective(batch)
+        with state.acc.autocast(casting): loss, metrics = objective(batch)
         (loss / state.times).backward()
         losses.append(loss.detach())
     worker.reduce()

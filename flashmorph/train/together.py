@@ -4,8 +4,7 @@
 
 # %% ../../nbs/405_train.together.ipynb #86e4c47e
 from __future__ import annotations
-import contextlib
-import os
+import contextlib, math, os
 from collections.abc import Iterator, Mapping
 from typing import Any
 import torch
@@ -130,9 +129,11 @@ def rows_each(batch_size: int, accumulate: int, world: int, size: int = 1) -> tu
     total = batch_size * accumulate
     if total % world:
         kind = "processes" if size == 1 else f"groups of {size} processes"
+        fits = world // math.gcd(world, batch_size)
+        more = fits * -(-accumulate // fits)
         raise ValueError(f"a step of {total} rows (batch_size {batch_size}, accumulate "
-                         f"{accumulate}) cannot be shared by {world} {kind}: make "
-                         f"batch_size * accumulate a multiple of {world}")
+                         f"{accumulate}) cannot be shared by {world} {kind}: make batch_size * "
+                         f"accumulate a multiple of {world}, as accumulate = {more} does")
     mine = total // world
     times = -(-mine // batch_size)
     # the fewest equal parts that hold no more than a batch
