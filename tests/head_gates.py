@@ -25,6 +25,7 @@ from flashmorph.choose.path import BudgetDescent, first_gate
 from flashmorph.choose.trajectory import load_gates
 from flashmorph.data.mixture import batches
 from flashmorph.folder import Run
+from flashmorph.model.branches import MorphLayer
 from flashmorph.model.morph import MorphableModel
 from flashmorph.run.compare import HELD_OUT, branches_of, held_out_rows
 from flashmorph.run.subsets import HeldOut
@@ -32,9 +33,12 @@ from flashmorph.run.subsets import HeldOut
 Head = tuple[int, int]                                  # a layer, and a group of its heads
 
 
-def kept_part(module: torch.nn.Module, shares: Tensor) -> Any:
-    "A hook before an output projection: each group of heads counts with its share."
+def kept_part(layer: MorphLayer, module: torch.nn.Module, shares: Tensor) -> Any:
+    """A hook before an output projection: each group of heads counts with its share.
+
+    A pass of one branch alone, as the teacher's inside a training, stays as it is."""
     def scaled(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if layer.forced is not None: return inputs
         x = inputs[0]
         width = x.shape[-1] // len(shares)
         return (x * shares.to(x.dtype).repeat_interleave(width), *inputs[1:])
@@ -53,8 +57,8 @@ def all_heads(model: MorphableModel, shares: Tensor) -> Iterator[None]:
             layer.forced = float(full[0]) if same else None
             if same: continue
             # both branches count half, so twice a share is right
-            hooks.append(kept_part(layer.full.o_proj, 2 * full))
-            hooks.append(kept_part(layer.linear.attn.o_proj, 2 - 2 * full))
+            hooks.append(kept_part(layer, layer.full.o_proj, 2 * full))
+            hooks.append(kept_part(layer, layer.linear.attn.o_proj, 2 - 2 * full))
         yield
     finally:
         for hook in hooks: hook.remove()
