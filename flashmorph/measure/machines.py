@@ -65,7 +65,7 @@ class Parts:
     logits: float
     disk: float
     together: bool      # do gradients and activations exist at once?
-    again: float = 0.0  # activations of one layer, which runs again after the loss
+    again: float = 0.0  # what the backward pass of a layer adds
     gathered: float = 0.0       # weights of other GPUs, while they compute here
 
     @property
@@ -74,7 +74,7 @@ class Parts:
         return self.weights + self.gathered + self.gradients + self.optimizer
 
     def total(self) -> int:
-        "The most at once: in the loss, in a layer that runs again, or with all gradients."
+        "The most at once: in the loss, in a layer's backward pass, or with all gradients."
         passing = self.activations + max(self.logits, self.again)
         after = self.gradients + self.again
         extra = passing + self.gradients if self.together else max(passing, after)

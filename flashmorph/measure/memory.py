@@ -139,6 +139,7 @@ class Layers:
     mixed: float
     hidden: int
     inner: int          # that an MLP of the teacher holds at once, saving nothing
+    slopes: int         # gradients in a layer's backward pass
 
 
 def layers_saved(
@@ -156,30 +157,32 @@ def layers_saved(
     config = few_layers(model.config, 1)
     hidden = rows * tokens * config.hidden_size
     wide = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    inner = 3 * rows * tokens * (config.hidden_size + wide)
+    both = rows * tokens * (config.hidden_size + wide) * dtype.itemsize
     return Layers(full=full, linear=rest + mixer, branch=branch,
                   mixed=full + branch + 2 * 4 * hidden, hidden=hidden * dtype.itemsize,
-                  inner=inner * dtype.itemsize)
+                  inner=3 * both, slopes=2 * both)
 
-
+# %% ../../nbs/535_measure.memory.ipynb #048755a5
 def activations(
     model: CostModel, kind: str, rows: int, tokens: int, dtype: torch.dtype, full: int = 0,
     again: bool = False, pieces: int = 1,
 ) -> tuple[float, float]:
     """Bytes of activations of a step on `rows` rows, or on one of `pieces` of their tokens: what
-    stands when the loss is computed, and, with `again`, a layer that runs again after it. `kind`
-    is `align`, `gates`, `exchange`, or another stage, which has `full` full layers."""
+    stands when the loss is computed, and what the backward pass of a layer adds: gradients, and
+    with `again` the activations of a layer that runs again. `kind` is `align`, `gates`,
+    `exchange`, or another stage, which has `full` full layers."""
     L = model.num_layers
     tokens = math.ceil(tokens / pieces)
     saved = layers_saved(model, rows, tokens, dtype, kind != "gates", pieces)
     if kind == "exchange": return L * saved.hidden + saved.inner, 0.0
     if kind == "align": return max(saved.branch + 6 * saved.hidden, saved.inner), 0.0
     layers = L * saved.mixed if kind == "gates" else full * saved.full + (L - full) * saved.linear
-    return (L * saved.hidden, layers / L) if again else (layers, 0.0)
+    if not again: return layers, saved.slopes
+    return L * saved.hidden, layers / L + saved.slopes
 
 # %% ../../nbs/535_measure.memory.ipynb #3571983b
 # tables of float32 numbers, a token by a word
-TABLES_HELD = {"gates": 6, "exchange": 6, "distill": 6, "finetune": 4}
+TABLES_HELD = {"gates": 5, "exchange": 5, "distill": 5, "finetune": 4}
 
 
 def logits_bytes(config: PreTrainedConfig, kind: str, tokens: int) -> int:
