@@ -137,6 +137,32 @@ def test_broken_files_name_themselves(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+SKIPPED = bytes.fromhex("502a4d1805000000") + b"hello"       # a frame that says nothing of the text
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.jsonl.zst"])
+def test_truncated_zst(tmp_path, name, frames):
+    "A cut is an error, in a frame of text or a frame to skip, and right behind a header."
+    path = tmp_path / name
+    docs = [f"{i}: {random.Random(i).randbytes(40).hex()}" for i in range(3000)]
+    parts = []
+    for i in range(frames):
+        parts += [SKIPPED, write(path, docs[i::frames]).read_bytes(), zstandard.compress(b"\n")]
+    whole = b"".join(parts)
+    path.write_bytes(whole)
+    assert texts(path) == [doc for i in range(frames) for doc in docs[i::frames]]
+
+    before = len(whole) - sum(map(len, parts[-2:]))             # the last frame of text
+    last = before + len(parts[-2])
+    for cut in (3, 10, before - 1, before + 1, before + 4, before + 9, before + 12,
+                (before + last) // 2, last - 1, last + 3, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=f"{name} is truncated: its last"): texts(path)
+    path.write_bytes(whole[:last])                  # between frames: nothing shows what is missing
+    assert len(texts(path)) == 3000
+
+
 # Conversations
 
 CHATS = [[{"role": "user", "content": f"Where is {name}?"},

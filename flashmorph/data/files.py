@@ -4,7 +4,7 @@
 
 # %% ../../nbs/210_data.files.ipynb #9b0405f0
 from __future__ import annotations
-import os
+import io, os
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..store import nearest
 # %% auto #0
 __all__ = ['LOADERS', 'FILE_KINDS', 'COMPRESSED', 'EXPECTED', 'HASHED', 'checked_name', 'plain_source', 'SourceConfig',
            'MixedSource', 'RowsConfig', 'file_kind', 'files_of_folder', 'check_file', 'looks_local', 'local_files',
-           'content_hash']
+           'content_hash', 'ZstdReader', 'open_zstd', 'check_zstd']
 
 # %% ../../nbs/210_data.files.ipynb #3c9df90b
 # names that `datasets` takes for a way to read all files of the working folder
@@ -162,3 +162,49 @@ def content_hash(path: Path, most: int = HASHED) -> str:
             file.seek((size - length) * i // max(1, pieces - 1))
             found.update(file.read(length))
     return found.hexdigest()
+
+# %% ../../nbs/210_data.files.ipynb #e0c358ce
+class ZstdReader(io.RawIOBase):
+    "What a zstd file holds, in one frame or several; `EOFError` if the last one is cut off."
+    def __init__(self, file: Any):
+        self.file = file
+        self.frame: Any = None                  # the decompressor of a frame that began
+        self.behind = b""                       # read already, behind the frame before
+        self.text = memoryview(b"")             # decompressed and not given out
+
+    def readable(self) -> bool: return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.text:
+            data, self.behind = self.behind or self.file.read(2**14), b""
+            if data: self._decompress(data)
+            elif self.frame is None: return 0
+            else:
+                name = getattr(self.file, "name", None) or getattr(self.file, "path", "the file")
+                raise EOFError(f"{name} is truncated: its last zstd frame is not complete")
+        size = min(len(buffer), len(self.text))
+        buffer[:size], self.text = self.text[:size], self.text[size:]
+        return size
+
+    def _decompress(self, data: bytes) -> None:
+        import zstandard
+        frame = self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+        self.text = memoryview(frame.decompress(data))
+        if frame.eof: self.behind, self.frame = frame.unused_data, None
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+# %% ../../nbs/210_data.files.ipynb #bd2eccde
+def open_zstd(file: Any, mode: str = "r") -> Any:
+    "What `fsspec` reads from a zstd file, or writes to."
+    import zstandard
+    if "r" in mode: return io.BufferedReader(ZstdReader(file))
+    return zstandard.ZstdCompressor().stream_writer(file)
+
+
+def check_zstd() -> None:
+    "From now on `fsspec`, and so `datasets`, finds truncated zstd files."
+    from fsspec.compression import register_compression
+    register_compression("zstd", open_zstd, "zst", force=True)

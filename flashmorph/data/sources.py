@@ -10,7 +10,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from .chats import document_text, read_chat
-from .files import HASHED, SourceConfig, content_hash, file_kind, local_files
+from flashmorph.data.files import (
+    HASHED, SourceConfig, check_zstd, content_hash, file_kind, local_files,
+)
 from .stories import WHOLE, Part, StoryDocuments, digest, state_value
 
 # %% auto #0
@@ -179,6 +181,7 @@ class Documents:
 def open_stream(name: str, *arguments: Any, **options: Any) -> Any:
     "`datasets.load_dataset(..., streaming=True)`, with errors of one line that name the source."
     import datasets
+    check_zstd()
     try: return datasets.load_dataset(*arguments, streaming=True, **options)
     except OSError as e:
         hint = " Set HF_HOME to a folder where `datasets` can keep its cache." if e.filename else ""
