@@ -15,28 +15,41 @@ from .selection import Selection
 from .store import checksum, read_json, write_aside
 
 # %% auto #0
-__all__ = ['Facts', 'differences', 'longer', 'short_hash', 'model_fingerprint', 'would_be_again', 'Ledger', 'check_choice',
-           'chosen', 'scores_in', 'read_scores', 'check_finite', 'check_finished', 'is_finished', 'adopt', 'find_run',
-           'Training', 'read_training', 'same_source']
+__all__ = ['Facts', 'OWN_ROWS', 'changed', 'differences', 'longer', 'short_hash', 'model_fingerprint', 'would_be_again', 'Ledger',
+           'check_choice', 'chosen', 'scores_in', 'read_scores', 'check_finite', 'check_finished', 'is_finished',
+           'adopt', 'find_run', 'Training', 'read_training', 'same_source']
 
 # %% ../nbs/050_ledger.ipynb #419d289f
 Facts = dict[str, Any]
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What changed between two sets of facts, in words; empty if nothing did.
+OWN_ROWS = "the rows of "           # and a stage, which has a table of its own for them
 
-    A fact in only one of the sets is a setting of a later edition, and no change."""
-    shared = [name for name in then if name in now]
-    names = [name for name in shared if then[name] != now[name]]
+
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of facts that are not the same in both sets.
+
+    A fact in only one of them is a setting of a later edition, and no change, but for the rows of a
+    stage: without a fact they are those of other stages."""
+    both = [name for name in then if name in now and then[name] != now[name]]
+    own = [name for name in {**then, **now} if name.startswith(OWN_ROWS)]
+    return both + [name for name in own if (name in then) != (name in now)]
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    "What changed between two sets of facts, in words; empty if nothing did."
+    names = changed(then, now)
+
+    def value(facts: Mapping[str, Any], name: str) -> str:
+        return repr(facts[name]) if name in facts else "no table of their own"
     # a message of four changes is long enough
-    said = [f"{name}: {then[name]!r} then, {now[name]!r} now" for name in names[:4]]
+    said = [f"{name}: {value(then, name)} then, {value(now, name)} now" for name in names[:4]]
     more = " ..." if len(names) > 4 else ""
     return "; ".join(said) + more
 
 # %% ../nbs/050_ledger.ipynb #460c520e
 def longer(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     "The numbers of steps that grew, `align.steps`; none if anything else changed."
-    names = [name for name in then if name in now and then[name] != now[name]]
+    names = changed(then, now)
     grew = [name for name in names if name.endswith(".steps") and now[name] > then[name]]
     return grew if grew == names else []
 
@@ -181,8 +194,14 @@ def is_finished(run: Run, recipe: Facts) -> bool:
     # with its checkpoints it can go on
     if grew and run.path("checkpoints").is_dir(): return False
     if changes:
-        why = ("; it has kept no checkpoint to go on from (extendable = true in that table would "
-               "have)") if grew else ""
+        why = ""
+        if grew:
+            # what follows a longer training would have to be done again
+            last = "finetune" if before.get("finetune.steps") else "distill"
+            why = f"; only its last training, {last}, can get more steps"
+            if grew == [f"{last}.steps"]:
+                why = ("; it has kept no checkpoint to go on from (extendable = true in that table "
+                       "would have)")
         raise ValueError(f"run {run.folder} is finished, with another recipe ({changes}){why}: "
                          "start another run")
     check_finished(run)

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 import flashmorph as fm
 from flashmorph.run import cli
 from flashmorph.run.convert import convert
-from flashmorph.run.recipe import load_recipe
+from flashmorph.run.recipe import load_recipe, save_recipe
 from flashmorph.store import read_json
 from flashmorph.train.objective import FitConfig
 
@@ -188,7 +188,13 @@ def test_a_finished_run_refuses_by_name(place, tmp_path):
         ("run", ["distill.steps=5", "distill.lr=0.5"], "distill.lr"),
         ("run", ["align.steps=9"], "(align.steps: 4 then, 9 now)"),
         ("run", ["distill.steps=5", "align.steps=9"], "align.steps: 4 then, 9 now"),
+        ("run", ["distill.steps=5", "distill.text.length=32"],
+         "the rows of distill: no table of their own then, "),
+        ("run", ["distill.text.length=32"], "distill.text.source: none then, stories now"),
+        ("run", ["text.source=nowhere.txt"], "text.source: stories then, nowhere.txt now"),
+        ("run", ["teacher=bundled"], f"teacher: {place} then, bundled now"),
         ("small", ["distill.steps=5"], "kept no checkpoint to go on from"),
+        ("small", ["align.steps=9"], "only its last training, distill, can get more steps"),
     ):
         before = (tmp_path / folder / "log.jsonl").read_bytes()
         recipe = (tmp_path / folder / "recipe.toml").read_bytes()
@@ -198,3 +204,22 @@ def test_a_finished_run_refuses_by_name(place, tmp_path):
         assert (tmp_path / folder / "log.jsonl").read_bytes() == before
         assert (tmp_path / folder / "recipe.toml").read_bytes() == recipe
     assert longer(place, tmp_path / "run", []).exit_code == 0
+
+
+@pytest.mark.parametrize("begun, then", [((), "distill.text.length=32"),
+                                         (("distill.text.length=32",), "distill.text.length=64")])
+def test_rows_of_a_stage_that_has_begun_stay(begun, then, place, tmp_path):
+    "With a table of their own or not. A refused change leaves the run as it was."
+    recipe = recipe_of(place, 4, distill={"steps": 4, "save_every": 1, "batch_size": 2})
+    save_recipe(recipe, tmp_path / "recipe.toml")
+    recipe = load_recipe(tmp_path / "recipe.toml", list(begun))
+    with pytest.raises(KeyboardInterrupt):
+        convert(recipe, tmp_path / "run", callbacks=[Stop("distill", 2)], progress=False)
+    before = (tmp_path / "run/recipe.toml").read_bytes()
+    done = longer(place, tmp_path / "run", [then])
+    assert done.exit_code == 2, done.output
+    named = "distill.text.length: 32 then, 64 now" if begun else "the rows of distill: no table"
+    assert named in done.output, done.output
+    assert (tmp_path / "run/recipe.toml").read_bytes() == before
+    done = longer(place, tmp_path / "run", [])
+    assert done.exit_code == 0, done.output

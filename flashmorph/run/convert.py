@@ -20,7 +20,7 @@ from .conversion import Conversion, write_results
 from .hub import card_hybrid
 from .materials import (
     Materials, check_materials, recipe_facts, sets_of, stage_facts, tidy)
-from .paths import named_paths, with_absolute_paths
+from .paths import named_paths, sources_of, with_absolute_paths
 from .ranking import check_cut, rank_layers
 from .recipe import STAGES, Recipe, load_recipe, save_recipe
 from ..selection import Selection
@@ -32,8 +32,8 @@ from ..train.fit import Callback
 from ..train.together import processes, rows_each
 
 # %% auto #0
-__all__ = ['DONE', 'search', 'improve', 'repair', 'check_shares', 'finished_results', 'finish', 'run_stages', 'start', 'go_on',
-           'convert']
+__all__ = ['DONE', 'search', 'improve', 'repair', 'check_shares', 'check_sources', 'finished_results', 'finish', 'run_stages',
+           'start', 'go_on', 'convert']
 
 # %% ../../nbs/820_run.convert.ipynb #e4c38b9b
 def search(work: Conversion) -> tuple[MorphableModel, Selection]:
@@ -101,6 +101,17 @@ def check_shares(recipe: Recipe, world: int) -> None:
         except ValueError as error: raise ValueError(f"{name}: {error}") from error
 
 # %% ../../nbs/820_run.convert.ipynb #8fcf8e5e
+def check_sources(run: Run, stored: Recipe, recipe: Recipe) -> None:
+    "Raise `ValueError` if a finished run was made from another teacher or from other texts."
+    then, now = sources_of(stored), sources_of(recipe)
+    changes = [f"{name}: {', '.join(then.get(name, ['none']))} then, "
+               f"{', '.join(now.get(name, ['none']))} now"
+               for name in {**then, **now} if then.get(name) != now.get(name)]
+    if changes:
+        raise ValueError(f"run {run.folder} is finished, and was made from other sources "
+                         f"({'; '.join(changes)}): start another run")
+
+
 def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:
     "The results of a run, `None` if it is not finished. Raises `ValueError` for another recipe."
     if not is_finished(run, recipe_facts(recipe)): return None
@@ -168,7 +179,9 @@ def go_on(
     stored = load_recipe(run.path("recipe.toml"))
     recipe = recipe or stored
     done = finished_results(run, recipe)
-    if done is not None: return done
+    if done is not None:
+        check_sources(run, stored, recipe)
+        return done
     together = processes()
     check_shares(recipe, together.world)
     if first_process():

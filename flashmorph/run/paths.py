@@ -12,7 +12,7 @@ from ..model.teacher import BUNDLED
 from .recipe import Recipe
 
 # %% auto #0
-__all__ = ['absolute', 'named_paths', 'with_absolute_source', 'with_absolute_paths']
+__all__ = ['absolute', 'sources_of', 'named_paths', 'with_absolute_source', 'with_absolute_paths']
 
 # %% ../../nbs/802_run.paths.ipynb #b4cb2c61
 def absolute(name: str) -> str:
@@ -22,13 +22,21 @@ def absolute(name: str) -> str:
     return os.path.abspath(path)
 
 # %% ../../nbs/802_run.paths.ipynb #9140a888
+def sources_of(recipe: Recipe) -> dict[str, list[str]]:
+    "The names of teacher and texts, each perhaps a path, by the setting that has them."
+    tables: dict[str, Any] = {name: recipe[name] for name in ("text", "passkeys", "evaluate")}
+    tables |= {f"{stage}.{table.table}": table for stage, table in recipe.reads.items()}
+    found = {"teacher": [recipe.teacher]}
+    for name, table in tables.items():
+        sources = [one.source for one in (table, *getattr(table, "mix", ()))]
+        found[f"{name}.source"] = [*chain.from_iterable(
+            [source] if isinstance(source, str) else source for source in sources)]
+    return found
+
+
 def named_paths(recipe: Recipe) -> list[str]:
     "The names of teacher and texts, each perhaps a path."
-    names = [recipe.teacher]
-    tables = [recipe.text, recipe.passkeys, recipe.evaluate, *recipe.reads.values()]
-    for table in chain.from_iterable((one, *getattr(one, "mix", ())) for one in tables):
-        names += [table.source] if isinstance(table.source, str) else table.source
-    return names
+    return [*chain.from_iterable(sources_of(recipe).values())]
 
 # %% ../../nbs/802_run.paths.ipynb #1f35811a
 def with_absolute_source(table: Any) -> Any:
