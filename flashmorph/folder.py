@@ -12,8 +12,8 @@ from typing import Any
 from .store import NOFOLLOW, Checkpoints, EventLog, first_process, read_json, write_aside
 
 # %% auto #0
-__all__ = ['HELD', 'BRANCHES_FILE', 'KNOWN', 'alive', 'flock', 'same_file', 'holder', 'take', 'release', 'locked', 'debris',
-           'strangers', 'is_run', 'marked', 'plain_name', 'Run']
+__all__ = ['TAKEN', 'HELD', 'BRANCHES_FILE', 'KNOWN', 'alive', 'flock', 'same_file', 'holder', 'let_go', 'take', 'release',
+           'locked', 'debris', 'strangers', 'is_run', 'marked', 'plain_name', 'Run']
 
 # %% ../nbs/040_folder.ipynb #4ada0def
 def alive(pid: int) -> bool:
@@ -52,6 +52,17 @@ def holder() -> str:
     return f"process {os.getpid()} on {socket.gethostname()} since {now}"
 
 # %% ../nbs/040_folder.ipynb #9d98f704
+TAKEN: set[int] = set()         # descriptors of the files that this process has locked
+
+
+def let_go() -> None:
+    "A forked process lets go of the locks: its parent holds them, and no one after its parent."
+    while TAKEN: os.close(TAKEN.pop())
+
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=let_go)
+
+
 def take(path: Path) -> int:
     "Lock the file `path`; returns its descriptor. Raises `ValueError` naming who has locked it."
     while True:
@@ -62,13 +73,16 @@ def take(path: Path) -> int:
         # the holder before may have removed the file between the two calls
         if same_file(descriptor, path): break
         os.close(descriptor)
+    TAKEN.add(descriptor)
     os.truncate(descriptor, 0)
     os.write(descriptor, holder().encode())
     return descriptor
 
 # %% ../nbs/040_folder.ipynb #c31d3ea8
 def release(descriptor: int, path: Path) -> None:
-    "Unlock: remove the file, unless another has taken its place."
+    "Unlock: remove the file, unless another has taken its place, or this process was forked."
+    if descriptor not in TAKEN: return
+    TAKEN.remove(descriptor)
     if same_file(descriptor, path): path.unlink()
     os.close(descriptor)
 

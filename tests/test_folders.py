@@ -228,6 +228,40 @@ def test_one_process_at_a_time(stopped, recipe):
     assert resume(stopped)["budget"] == 2             # the lock goes with its process
 
 
+TRAINING = """
+import os, signal, sys, time
+import torch
+from flashmorph.data.ahead import Ahead
+from flashmorph.folder import Run
+
+class Rows:
+    def __iter__(self):
+        yield {"input_ids": torch.tensor([os.getpid()])}
+        time.sleep(60)                              # a document that takes long
+    def state_dict(self): return {}
+
+def make(part): return Rows()
+
+with Run(sys.argv[1]).lock():
+    rows = iter(Ahead(make, workers=1))
+    print(next(rows)["input_ids"].item(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_keeps_no_lock(tmp_path):
+    "The worker of a killed training lives on for seconds; the run is free at once."
+    run = Run(tmp_path / "run").start()
+    command = [sys.executable, "-c", TRAINING, str(run.folder)]
+    training = subprocess.Popen(command, text=True, stdout=subprocess.PIPE)
+    assert training.stdout
+    with training.stdout as said: worker = int(said.readline())
+    assert training.wait() == -signal.SIGKILL
+    try:
+        with run.lock(): pass
+    finally: os.kill(worker, signal.SIGKILL)        # an error if it did not live
+
+
 # S3: what changed outside
 
 @pytest.mark.parametrize("what", ["weights", "rms_norm_eps", "tokenizer"])
