@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -369,3 +370,24 @@ def test_a_launcher_with_a_configuration_of_its_own_makes_the_same_hybrid(tmp_pa
                 for x in ("one", "two"))
     assert one.config.full_layers == two.config.full_layers
     assert far(weights(two), weights(one)) < TOL
+
+
+def full_disk(folder, limit):
+    "Train where no file may grow beyond `limit` bytes, and note how it ended."
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    hybrid = fm.morph(teacher(), "gdn").commit([1])
+    try: fm.finetune(hybrid, books(), run=folder / "run", save_every=2, **COMMON | {"steps": 4})
+    except OSError as error: said = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    (folder / str(rank())).write_text(said)
+
+
+@pytest.mark.parametrize("limit", [8_000, 40_000])
+def test_a_full_disk_is_a_sentence_of_every_process(tmp_path, limit):
+    processes(2, full_disk, tmp_path, limit)
+    for i in range(2):
+        said = (tmp_path / str(i)).read_text()
+        assert "\n" not in said and said.startswith("could not save") and "step-00000002" in said
+        assert said.endswith("free some space and resume.")
+    assert not list((tmp_path / "run").rglob("*step-*"))        # no half, which would take space

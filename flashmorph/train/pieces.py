@@ -5,24 +5,49 @@
 # %% ../../nbs/417_train.pieces.ipynb #b66c3085
 from __future__ import annotations
 import json, shutil, warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch import Tensor
 from ..store import Damaged, read_json, sync, write_aside
 from .together import Together
 
 # %% auto #0
-__all__ = ['sizes_of', 'save_pieces', 'read_piece_meta', 'stored', 'read_pieces']
+__all__ = ['sizes_of', 'write_failure', 'attempt', 'save_pieces', 'read_piece_meta', 'stored', 'read_pieces']
 
-# %% ../../nbs/417_train.pieces.ipynb #7a80b589
+# %% ../../nbs/417_train.pieces.ipynb #5f26e740
 def sizes_of(folder: Path) -> dict[str, int]:
     "The length of each file of a checkpoint, but for `meta.json`."
     return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != "meta.json"}
 
+# %% ../../nbs/417_train.pieces.ipynb #3a302c20
+def write_failure(error: BaseException) -> BaseException | None:
+    "The failed write behind an error of some processes; `None` if it is anything else."
+    found = [error]
+    if isinstance(error, CheckpointException): found = [e for e, _ in error.failures.values()]
+    # C++ writes the archive of tensors, and names its own file where a write fails
+    known = [isinstance(e, OSError) or "inline_container" in str(e) for e in found]
+    return found[0] if all(known) else None
 
+
+def attempt(write: Callable[[], Any] | None, path: Path, together: Together) -> None:
+    "Let all processes write, or those that have something; `OSError` in all if one cannot."
+    reason: BaseException | None = None
+    try:
+        if write: write()
+    except BaseException as error:
+        reason = write_failure(error)
+        if reason is None: raise
+    if not together.any(reason is not None): return
+    said = str(reason or "another process could not write")
+    if "inline_container" in said: said = "a file of tensors could not be written to its end"
+    raise OSError(f"could not save {path}: {said}. The checkpoints before are untouched; free some "
+                  "space and resume.") from None
+
+# %% ../../nbs/417_train.pieces.ipynb #7a80b589
 def save_pieces(
     folder: Path,  # of the stage
     step: int,
@@ -30,21 +55,30 @@ def save_pieces(
     meta: Mapping[str, Any],
     together: Together,
 ) -> Path:
-    "Write a checkpoint, by all processes at once; the first puts it in its place."
+    """Write a checkpoint, by all processes at once; the first puts it in its place.
+
+    Raises `OSError` in every process if one cannot write, as when the disk is full."""
     path = folder / f"step-{step:08d}.shards"
     aside = folder / f".{path.name}.partial"
-    if together.rank == 0:
+
+    def prepare() -> None:
         for old in (aside, path): shutil.rmtree(old, ignore_errors=True)
         aside.mkdir(parents=True)
-    together.wait()
-    dcp.save(dict(tensors), checkpoint_id=aside)
-    together.wait()
-    if together.rank == 0:
+
+    def finish() -> None:
         content = json.dumps({**meta, "step": step, "sizes": sizes_of(aside)})
         write_aside(aside / "meta.json", lambda file: file.write_text(content))
         aside.rename(path)
         sync(folder)
-    together.wait()
+
+    first = together.rank == 0
+    try:
+        attempt(prepare if first else None, path, together)
+        attempt(lambda: dcp.save(dict(tensors), checkpoint_id=aside), path, together)
+        attempt(finish if first else None, path, together)
+    except OSError:
+        if first: shutil.rmtree(aside, ignore_errors=True)
+        raise
     return path
 
 # %% ../../nbs/417_train.pieces.ipynb #6bba423c
