@@ -194,14 +194,13 @@ def is_finished(run: Run, recipe: Facts) -> bool:
     # with its checkpoints it can go on
     if grew and run.path("checkpoints").is_dir(): return False
     if changes:
+        # what follows a longer training would have to be done again
+        last = "finetune" if before.get("finetune.steps") else "distill"
         why = ""
-        if grew:
-            # what follows a longer training would have to be done again
-            last = "finetune" if before.get("finetune.steps") else "distill"
-            why = f"; only its last training, {last}, can get more steps"
-            if grew == [f"{last}.steps"]:
-                why = ("; it has kept no checkpoint to go on from (extendable = true in that table "
-                       "would have)")
+        if grew == [f"{last}.steps"]:
+            why = ("; it has kept no checkpoint to go on from (extendable = true in that table "
+                   "would have)")
+        elif grew: why = f"; only its last training, {last}, can get more steps"
         raise ValueError(f"run {run.folder} is finished, with another recipe ({changes}){why}: "
                          "start another run")
     check_finished(run)

@@ -190,9 +190,9 @@ def test_a_finished_run_refuses_by_name(place, tmp_path):
         ("run", ["distill.steps=5", "align.steps=9"], "align.steps: 4 then, 9 now"),
         ("run", ["distill.steps=5", "distill.text.length=32"],
          "the rows of distill: no table of their own then, "),
-        ("run", ["distill.text.length=32"], "distill.text.source: none then, stories now"),
-        ("run", ["text.source=nowhere.txt"], "text.source: stories then, nowhere.txt now"),
-        ("run", ["teacher=bundled"], f"teacher: {place} then, bundled now"),
+        ("run", ["distill.text.length=32"], "distill.text.source: [] then, ['stories'] now"),
+        ("run", ["text.source=nowhere.txt"], "text.source: ['stories'] then, ['nowhere.txt'] now"),
+        ("run", ["teacher=bundled"], f"teacher: ['{place}'] then, ['bundled'] now"),
         ("small", ["distill.steps=5"], "kept no checkpoint to go on from"),
         ("small", ["align.steps=9"], "only its last training, distill, can get more steps"),
     ):

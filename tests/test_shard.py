@@ -198,7 +198,7 @@ def read_ahead(file, folder, workers, at=None):
 
 
 def test_rows_of_workers_ahead_of_sharded_steps(tmp_path):
-    "Two processes, killed, then four, killed, then one: as one process without workers."
+    "Two processes, killed, then four, killed, then two: as one process without workers."
     file = tmp_path / "docs.jsonl"
     lines = (json.dumps({"text": f"{n}. {Stories(3)[n]}"}) for n in range(40))
     file.write_text("\n".join(lines))

@@ -28,8 +28,8 @@ from ..train.precision import gpu_has_bf16
 from ..train.together import rows_each
 
 # %% auto #0
-__all__ = ['TOKENS_A_WORD', 'stage_dtype', 'shares', 'Planner', 'weights_held', 'copied', 'parts_of', 'exchange_parts',
-           'plan_exchange', 'plan_search', 'plan_repair', 'teacher_config', 'plan', 'opening_lines']
+__all__ = ['TOKENS_A_WORD', 'stage_dtype', 'shares', 'Planner', 'weights_held', 'copied', 'answered', 'parts_of',
+           'exchange_parts', 'plan_exchange', 'plan_search', 'plan_repair', 'teacher_config', 'plan', 'opening_lines']
 
 # %% ../../nbs/540_measure.plan.ipynb #88c8422d
 def stage_dtype(config: FitConfig, frozen: torch.dtype, morphs: bool) -> torch.dtype:
@@ -129,6 +129,11 @@ def copied(planner: Planner, config: FitConfig, kind: str, trained: int) -> int:
 TOKENS_A_WORD = 3           # of a passkey: 1.5 with the bundled tokenizer, 2.7 with SmolLM2's
 
 
+def answered(books: Any) -> int:
+    "Tokens that a passkey book asks for."
+    return books.keys * books.words_per_key * TOKENS_A_WORD
+
+
 def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
     "What a stage holds on each GPU, and its checkpoints on the disk."
     kind, _, of = stage.partition("-")
@@ -155,8 +160,7 @@ def parts_of(planner: Planner, stage: str, config: FitConfig) -> Parts:
     held, again = activations(model, kind, rows, passes.tokens, format, full, config.recompute,
                               pieces)
     if format == torch.bfloat16: held += copied(planner, config, kind, trained)
-    books = planner.recipe.rows("gates")
-    answers = books.keys * books.words_per_key * TOKENS_A_WORD
+    answers = answered(planner.recipe.rows("gates"))
     predicted = rows * (answers if kind == "gates" else math.ceil(passes.tokens / pieces))
     logits = logits_bytes(model.config, kind, predicted)
     if repairs: logits += 4 * model.weights.head
@@ -178,13 +182,12 @@ def exchange_parts(planner: Planner, weights: int, rows: int, tokens: int, answe
 
 def plan_exchange(planner: Planner, weights: int) -> list[StagePlan]:
     "The exchange around the cut of the gates, with `weights` bytes of a whole model: at most."
-    config: Any = getattr(planner.recipe, "rank", None)
-    budget, reach = planner.budget, getattr(config, "reach", 0)
+    config, budget = planner.recipe.rank, planner.budget
+    reach = config.reach
     above, below = min(reach, budget), min(reach, planner.model.num_layers - budget)
     if not above or not below: return []
     books = planner.recipe.passkeys
-    answers = books.keys * books.words_per_key * TOKENS_A_WORD
-    passes = planner.of_length(books.length)
+    answers, passes = answered(books), planner.of_length(books.length)
     sets, count = math.comb(above + below, above), config.count or 0
 
     # no set meets a book twice

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from ..choose.gates import train_gates
 from ..folder import BRANCHES_FILE, Run
-from ..ledger import adopt, check_finite, chosen, is_finished
+from ..ledger import adopt, check_finite, chosen, differences, is_finished
 from ..measure.plan import opening_lines
 from ..model.hybrid import HybridForCausalLM
 from ..model.morph import MorphableModel, morph
@@ -104,12 +104,12 @@ def check_shares(recipe: Recipe, world: int) -> None:
 def check_sources(run: Run, stored: Recipe, recipe: Recipe) -> None:
     "Raise `ValueError` if a finished run was made from another teacher or from other texts."
     then, now = sources_of(stored), sources_of(recipe)
-    changes = [f"{name}: {', '.join(then.get(name, ['none']))} then, "
-               f"{', '.join(now.get(name, ['none']))} now"
-               for name in {**then, **now} if then.get(name) != now.get(name)]
+    # a table of a stage's own may be in one of the recipes only
+    none: dict[str, list[str]] = dict.fromkeys({**then, **now}, [])
+    changes = differences({**none, **then}, {**none, **now})
     if changes:
         raise ValueError(f"run {run.folder} is finished, and was made from other sources "
-                         f"({'; '.join(changes)}): start another run")
+                         f"({changes}): start another run")
 
 
 def finished_results(run: Run, recipe: Recipe) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from ..data.files import SourceConfig
 from ..data.stories import WHOLE, Part
 from ..data.text import TextConfig, text, tokenizer_fingerprint
 from ..folder import Run
-from ..ledger import Facts, model_fingerprint, short_hash
+from ..ledger import OWN_ROWS, Facts, model_fingerprint, short_hash
 from ..model.hosts import attention_modules
 from ..model.parts import check_full
 from ..model.teacher import check_length, load_teacher
@@ -165,7 +165,7 @@ def read_facts(materials: Materials, stage: str) -> Facts:
     if getattr(read, "passkeys", 0): facts |= table_facts(recipe, "passkeys")
     # else it is that of stage 1
     if own or (kind == "text" and "align" in recipe.reads):
-        facts[f"the rows of {stage}"] = fingerprint(materials.rows(recipe.seed, stage))
+        facts[f"{OWN_ROWS}{stage}"] = fingerprint(materials.rows(recipe.seed, stage))
     return facts
 
 # %% ../../nbs/810_run.materials.ipynb #fafeaeaa
