@@ -24,7 +24,7 @@ from .ranking import branches_of, own_order
 from .models import told
 from .recipe import Recipe
 from .subsets import (
-    HeldOut, Table, Values, interactions, place_of, summed_up, table)
+    HeldOut, Table, Values, interactions, measure_ahead, place_of, summed_up, table)
 from ..scores import Confidence, Kept, Ranked, Selections, read_selections
 from ..selection import Ranking, Selection
 from ..settings import Settings
@@ -78,6 +78,7 @@ def measured(
 ) -> dict[tuple[int, ...], Values]:
     "The numbers of each set by book; those after distillation are called `kl, distilled` etc."
     wanted = sorted({tuple(layers) for layers in sets})
+    measure_ahead(held, wanted, say)
     found = {}
     for layers in told(wanted, len(wanted), "sets measured", say):
         found[layers] = dict(held(layers))
@@ -139,7 +140,8 @@ def closely(
     else:
         method, order = config.methods[0], lead["order"]
         sets = list(lead["sets"].values()) if order else []
-    curve = [held(layers)["kl"] for layers in told(sets, len(sets), "budgets measured", say)]
+    measure_ahead(held, sets, say)
+    curve = [held(layers)["kl"] for layers in sets]
     sure = []
     for budget in told(config.budgets, len(config.budgets), "neighbours measured", say):
         # the sets of a pattern have no neighbours in an order

@@ -19,12 +19,13 @@ from ..model.branches import only_full
 from ..model.logits import hidden_states, logits_from_hidden
 from ..model.morph import MorphableModel
 from ..model.recompute import Tape, shares_blocks
+from .models import told
 from ..scores import Subsets
 from ..selection import check_layers
 
 # %% auto #0
-__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'HeldOut', 'subsets', 'sums_of', 'table', 'summed_up', 'place_of',
-           'interactions']
+__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'HeldOut', 'taped', 'measure_ahead', 'subsets', 'sums_of', 'table',
+           'summed_up', 'place_of', 'interactions']
 
 # %% ../../nbs/880_run.subsets.ipynb #abfdbc31
 MEASURES = ("kl", "nll", "recall")
@@ -72,17 +73,21 @@ class HeldOut:
     @property
     def tokens(self) -> int: return sum(ids.numel() for ids, *_ in self.asked)
 
+    def numbers(self, student: nn.Module, ours: Tensor, asked: Asked) -> Tensor:
+        "The three numbers of each book of a batch, (3, B), from hidden states (B, T, D)."
+        ids, _, where, theirs = asked
+        answers = ids[:, 1:][where[:, :-1]]
+        return by_book(token_values(student, self.model, ours[where], theirs, answers), where)
+
     def measure(self, student: nn.Module) -> Values:
         "The numbers of a model as it is."
         parts = []
-        for ids, mask, where, theirs in self.asked:
-            with torch.no_grad(): ours = hidden_states(student, ids, mask)[where]
-            answers = ids[:, 1:][where[:, :-1]]
-            values = token_values(student, self.model, ours, theirs, answers)
-            parts.append(by_book(values, where))
+        for asked in self.asked:
+            with torch.no_grad(): ours = hidden_states(student, *asked[:2])
+            parts.append(self.numbers(student, ours, asked))
         return dict(zip(MEASURES, torch.cat(parts, 1).tolist()))
 
-    def once(self, what: str, facts: Sequence[int | str], measure: Callable[[], Values]) -> Values:
+    def once(self, what: str, facts: Sequence[int | str], measure: Callable[[], Any]) -> Any:
         "What is known of `what` and `facts`, or what `measure` returns."
         return self.memo([what, *facts], measure)
 
@@ -91,6 +96,33 @@ class HeldOut:
         kept = check_layers(full, self.model.num_layers)
         with only_full(self.model.layers, kept):
             return self.once("held out", kept, lambda: self.measure(self.model))
+
+# %% ../../nbs/880_run.subsets.ipynb #b44a01b5
+def taped(held: HeldOut, tape: Tape, asked: Asked, kept: tuple[int, ...]) -> list[list[float]]:
+    "The three numbers of each book of a batch with the layers `kept` full."
+    with torch.no_grad(): ours = tape.hidden(*asked[:2], kept)
+    return held.numbers(held.model, ours, asked).tolist()
+
+
+def measure_ahead(
+    held: HeldOut, sets: Iterable[Iterable[int]], say: Callable[[str], Any] = lambda line: None
+) -> None:
+    "Measure all `sets` that `held` does not know; it then only looks them up."
+    count = held.model.num_layers
+    wanted = {tuple(check_layers(full, count)) for full in sets}
+    new = [kept for kept in wanted if ("held out", *kept) not in held.memo.known]
+    new = in_tape_order(new, count)
+    if not new: return
+    parts: dict[tuple[int, ...], list[Tensor]] = {kept: [] for kept in new}
+    what = f"batches of books, each for {len(new)} sets"
+    for n, asked in told(enumerate(held.asked), len(held.asked), what, say):
+        tape = Tape(held.model, shares_blocks(held.model))
+        for kept in new:
+            values = held.once("batch", [n, *kept], partial(taped, held, tape, asked, kept))
+            parts[kept].append(torch.tensor(values, dtype=torch.float64))
+    for kept in new:
+        together = dict(zip(MEASURES, torch.cat(parts[kept], 1).tolist()))
+        held.once("held out", kept, partial(dict, together))
 
 # %% ../../nbs/880_run.subsets.ipynb #4c466f72
 Table = dict[tuple[int, ...], dict[str, float]]
@@ -105,14 +137,12 @@ def subsets(num_layers: int, sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 def sums_of(held: HeldOut, asked: Asked, sizes: Sequence[int]) -> dict[str, list[float]]:
     "The three numbers of every set, summed over the books of one batch, by `0,3,8`."
-    ids, mask, where, theirs = asked
-    answers = ids[:, 1:][where[:, :-1]]
+    ids, mask, *_ = asked
     sums: dict[str, list[float]] = {}
     tape = Tape(held.model, shares_blocks(held.model))
     for kept in subsets(held.model.num_layers, sizes):
-        with torch.no_grad(): ours = tape.hidden(ids, mask, kept)[where]
-        values = token_values(held.model, held.model, ours, theirs, answers)
-        sums[",".join(map(str, kept))] = by_book(values, where).sum(1).tolist()
+        with torch.no_grad(): ours = tape.hidden(ids, mask, kept)
+        sums[",".join(map(str, kept))] = held.numbers(held.model, ours, asked).sum(1).tolist()
     return sums
 
 
@@ -124,7 +154,8 @@ def table(
     for n, asked in enumerate(held.asked):
         sums = held.once("table", [n, *sizes], partial(sums_of, held, asked, sizes))
         for name, values in sums.items():
-            total[name] = total.get(name, torch.zeros(3).double()) + torch.tensor(values).double()
+            more = torch.tensor(values, dtype=torch.float64)
+            total[name] = total.get(name, 0) + more
         say(min((n + 1) * len(asked[0]), held.count))
     known: Table = {}
     for name, sums_ in total.items():
@@ -157,7 +188,7 @@ def interactions(known: Table, num_layers: int) -> tuple[tuple[float, ...], ...]
 
     rows = []
     for i in range(num_layers):
-        row = [without(i, j) - without(i) - without(j) for j in range(num_layers)]
+        row = [without(i, j) - (without(i) + without(j)) for j in range(num_layers)]
         row[i] = 0.0
         rows.append(tuple(row))
     return tuple(rows)
