@@ -7,7 +7,7 @@ kept as it is and after an exchange around its cut. A set of the comparison is n
 """
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,24 +37,29 @@ def books_of(materials: Materials) -> Any:
     return passkeys(materials.tokenizer, **settings, seed=recipe.seed)
 
 
-def chosen(materials: Materials, model: MorphableModel, k: int, log: Path) -> Iterator[Order]:
-    "The sets of `k` layers that selectors keep after reading the longer books."
+def chosen(
+    materials: Materials, model: MorphableModel, budgets: Sequence[int], log: Path
+) -> Iterator[Order]:
+    "The sets that selectors keep after reading the longer books, by method and budget."
     recipe = materials.recipe
-    for method, settings in (("remove-one", {}), ("swap", {"budget": k})):
-        found = rank(model, books_of(materials), method, log=log, **settings)
-        yield method, found.select(k).layers
     gates = recipe.gates
     start = rank(model, books_of(materials), "flashmorph", steps=gates.steps,
                  batch_size=gates.batch_size, seed=recipe.seed, progress=False)
-    yield "flashmorph", start.select(k).layers
-    found = exchange(model, books_of(materials), start, k, Exchange(), log)
-    yield "flashmorph-swap", found.select(k).layers
+    for k in budgets: yield "flashmorph", start.select(k).layers
+    for k in budgets:
+        found = exchange(model, books_of(materials), start, k, Exchange(), log)
+        yield "flashmorph-swap", found.select(k).layers
+    found = rank(model, books_of(materials), "remove-one", log=log)
+    for k in budgets: yield "remove-one", found.select(k).layers
+    for k in budgets:
+        found = rank(model, books_of(materials), "swap", log=log, budget=k)
+        yield "swap", found.select(k).layers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="a run that `flashmorph compare` has compared")
-    parser.add_argument("--budget", type=int, default=8)
+    parser.add_argument("--budgets", default="8,12,16,22")
     parser.add_argument("--log", type=Path, default=Path("longer.jsonl"))
     parser.add_argument("--json", type=Path, default=RESULTS / "longer_books_smollm2.json")
     asked = parser.parse_args()
@@ -65,12 +70,13 @@ def main() -> None:
     settings = compared["settings"]
     held = HeldOut(model, held_rows, settings["count"], batch_size=settings["batch_size"],
                    log=run.path("compare.jsonl"))
-    short = {one["method"]: tuple(one["layers"]) for one in compared["kept"]
-             if len(one["layers"]) == asked.budget and one["seed"] == 0}
+    short = {(one["method"], len(one["layers"])): tuple(one["layers"])
+             for one in compared["kept"] if one["seed"] == 0}
+    budgets = [int(k) for k in asked.budgets.split(",")]
     sets: list[dict[str, Any]] = []
-    found = {"budget": asked.budget, "books": held.count, "sets": sets}
-    for method, layers in chosen(materials, model, asked.budget, asked.log):
-        before, after = held(short[method])["kl"], held(layers)["kl"]
+    found = {"budgets": budgets, "books": held.count, "sets": sets}
+    for method, layers in chosen(materials, model, budgets, asked.log):
+        before, after = held(short[method, len(layers)])["kl"], held(layers)["kl"]
         sets.append({"method": method, "layers": list(layers), "kl": asdict(mean_of(after)),
                      "less than with shorter books": asdict(mean_of(less(before, after)))})
         print(json.dumps(sets[-1]), flush=True)
