@@ -113,10 +113,11 @@ def measure_ahead(
     new = [kept for kept in wanted if ("held out", *kept) not in held.memo.known]
     new = in_tape_order(new, count)
     if not new: return
+    shares = shares_blocks(held.model)
     parts: dict[tuple[int, ...], list[Tensor]] = {kept: [] for kept in new}
     what = f"batches of books, each for {len(new)} sets"
     for n, asked in told(enumerate(held.asked), len(held.asked), what, say):
-        tape = Tape(held.model, shares_blocks(held.model))
+        tape = Tape(held.model, shares)
         for kept in new:
             values = held.once("batch", [n, *kept], partial(taped, held, tape, asked, kept))
             parts[kept].append(torch.tensor(values, dtype=torch.float64))
