@@ -24,7 +24,7 @@ from .ranking import branches_of, own_order
 from .models import told
 from .recipe import Recipe
 from .subsets import (
-    HeldOut, Table, Values, interactions, measure_ahead, place_of, summed_up, table)
+    HeldOut, Table, Values, interactions, place_of, summed_up, table)
 from ..scores import Confidence, Kept, Ranked, Selections, read_selections
 from ..selection import Ranking, Selection
 from ..settings import Settings
@@ -78,11 +78,9 @@ def measured(
 ) -> dict[tuple[int, ...], Values]:
     "The numbers of each set by book; those after distillation are called `kl, distilled` etc."
     wanted = sorted({tuple(layers) for layers in sets})
-    measure_ahead(held, wanted, say)
-    found = {}
-    for layers in told(wanted, len(wanted), "sets measured", say):
-        found[layers] = dict(held(layers))
-        if not steps or repair is None: continue
+    found = dict(zip(wanted, map(dict, held.many(wanted, say))))
+    if not steps or repair is None: return found
+    for layers in told(wanted, len(wanted), "sets distilled", say):
         distilled = partial(measure_repaired, held, repair, layers)
         after = held.once(f"distilled {steps}", list(layers), distilled)
         found[layers].update({f"{name}, distilled": values for name, values in after.items()})
@@ -140,8 +138,7 @@ def closely(
     else:
         method, order = config.methods[0], lead["order"]
         sets = list(lead["sets"].values()) if order else []
-    measure_ahead(held, sets, say)
-    curve = [held(layers)["kl"] for layers in sets]
+    curve = [values["kl"] for values in held.many(sets, say)]
     sure = []
     for budget in told(config.budgets, len(config.budgets), "neighbours measured", say):
         # the sets of a pattern have no neighbours in an order

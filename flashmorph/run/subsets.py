@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..choose.ablate import Asked, asked_of, by_book, digest_of, in_tape_order
 from ..choose.rank import Memo
 from ..data.mixture import batches
-from ..model.branches import only_full
 from ..model.logits import hidden_states, logits_from_hidden
 from ..model.morph import MorphableModel
 from ..model.recompute import Tape, shares_blocks
@@ -24,7 +23,7 @@ from ..scores import Subsets
 from ..selection import check_layers
 
 # %% auto #0
-__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'HeldOut', 'taped', 'measure_ahead', 'subsets', 'sums_of', 'table',
+__all__ = ['MEASURES', 'Values', 'Table', 'token_values', 'HeldOut', 'taped', 'measure_sets', 'subsets', 'sums_of', 'table',
            'summed_up', 'place_of', 'interactions']
 
 # %% ../../nbs/880_run.subsets.ipynb #abfdbc31
@@ -69,6 +68,7 @@ class HeldOut:
         self.count = sum(len(ids) for ids, *_ in self.asked)
         self.digest = digest_of(model, self.asked)
         self.memo = Memo(log, f"held out {self.digest}")
+        self.share = shares_blocks(model)
 
     @property
     def tokens(self) -> int: return sum(ids.numel() for ids, *_ in self.asked)
@@ -93,9 +93,15 @@ class HeldOut:
 
     def __call__(self, full: Iterable[int]) -> Values:
         "The numbers of the model with full attention in the layers `full`."
-        kept = check_layers(full, self.model.num_layers)
-        with only_full(self.model.layers, kept):
-            return self.once("held out", kept, lambda: self.measure(self.model))
+        return self.many([full])[0]
+
+    def many(
+        self, sets: Iterable[Iterable[int]], say: Callable[[str], Any] = lambda line: None
+    ) -> list[Values]:
+        "The numbers of several sets, those that are not known in the order that shares most."
+        wanted = [tuple(check_layers(full, self.model.num_layers)) for full in sets]
+        measure_sets(self, [k for k in {*wanted} if ("held out", *k) not in self.memo.known], say)
+        return [self.memo.known["held out", *kept] for kept in wanted]
 
 # %% ../../nbs/880_run.subsets.ipynb #b44a01b5
 def taped(held: HeldOut, tape: Tape, asked: Asked, kept: tuple[int, ...]) -> list[list[float]]:
@@ -104,24 +110,20 @@ def taped(held: HeldOut, tape: Tape, asked: Asked, kept: tuple[int, ...]) -> lis
     return held.numbers(held.model, ours, asked).tolist()
 
 
-def measure_ahead(
-    held: HeldOut, sets: Iterable[Iterable[int]], say: Callable[[str], Any] = lambda line: None
+def measure_sets(
+    held: HeldOut, sets: Iterable[tuple[int, ...]], say: Callable[[str], Any]
 ) -> None:
-    "Measure all `sets` that `held` does not know; it then only looks them up."
-    count = held.model.num_layers
-    wanted = {tuple(check_layers(full, count)) for full in sets}
-    new = [kept for kept in wanted if ("held out", *kept) not in held.memo.known]
-    new = in_tape_order(new, count)
-    if not new: return
-    shares = shares_blocks(held.model)
-    parts: dict[tuple[int, ...], list[Tensor]] = {kept: [] for kept in new}
-    what = f"batches of books, each for {len(new)} sets"
+    "Measure `sets`, each for one batch of books after the other, and keep what they give."
+    order = in_tape_order(sets, held.model.num_layers)
+    if not order: return
+    parts: dict[tuple[int, ...], list[Tensor]] = {kept: [] for kept in order}
+    what = f"batches of books, each for {len(order)} sets"
     for n, asked in told(enumerate(held.asked), len(held.asked), what, say):
-        tape = Tape(held.model, shares)
-        for kept in new:
+        tape = Tape(held.model, held.share)
+        for kept in order:
             values = held.once("batch", [n, *kept], partial(taped, held, tape, asked, kept))
             parts[kept].append(torch.tensor(values, dtype=torch.float64))
-    for kept in new:
+    for kept in order:
         together = dict(zip(MEASURES, torch.cat(parts[kept], 1).tolist()))
         held.once("held out", kept, partial(dict, together))
 
@@ -140,7 +142,7 @@ def sums_of(held: HeldOut, asked: Asked, sizes: Sequence[int]) -> dict[str, list
     "The three numbers of every set, summed over the books of one batch, by `0,3,8`."
     ids, mask, *_ = asked
     sums: dict[str, list[float]] = {}
-    tape = Tape(held.model, shares_blocks(held.model))
+    tape = Tape(held.model, held.share)
     for kept in subsets(held.model.num_layers, sizes):
         with torch.no_grad(): ours = tape.hidden(ids, mask, kept)
         sums[",".join(map(str, kept))] = held.numbers(held.model, ours, asked).sum(1).tolist()
