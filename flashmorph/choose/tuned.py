@@ -34,12 +34,14 @@ __all__ = ['Tuned', 'split_books', 'held_out_kl', 'Variants', 'restored', 'remov
 # %% ../../nbs/690_choose.tuned.ipynb #10cabc9c
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Scoring):
-    """Settings of short distillations: `steps` of `train_batch` books each, and the rate `lr`.
+    """Settings of short distillations: `steps` of `train_batch` books each, the rate `lr`, and the
+    `precision` of stage 3.
 
     The KL is taken over all tokens of the held-out books, or over `"answers"`."""
     steps: int = setting(20, low=1, high=10**9)
     train_batch: int = setting(4, low=1, high=10**6)
     lr: float = setting(1e-4, above=0, high=100)
+    precision: str | None = setting(None, choices=(None, "no", "bf16"))
     over: str = setting("text", choices=("text", "answers"))
 
 
@@ -97,7 +99,8 @@ class Variants:
         hybrid = self.model.commit(full)
         config = self.config
         distill(hybrid, self.teacher, self.rows, steps=config.steps, lr=config.lr, lr_end=None,
-                batch_size=config.train_batch, seed=config.seed, progress=False)
+                batch_size=config.train_batch, precision=config.precision, seed=config.seed,
+                progress=False)
         return held_out_kl(hybrid, self.model, self.asked)
 
 # %% ../../nbs/690_choose.tuned.ipynb #fd1ff28a

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from torch import nn
-from ..choose.rank import find_selector, plain_settings
+from ..choose.rank import SELECTORS, find_selector, plain_settings
 from ..choose.trajectory import GateRun
 from ..data.mixture import fingerprint
 from ..folder import Run
@@ -235,7 +235,7 @@ def compare_run(folder: str | Path, *, say: Say = lambda line: None, **settings:
 
 
 def own_settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    "By method, what the recipe says of gates, and of the selector that it names."
+    "By method, what the recipe says of gates, of its selector, and of the precision of stage 3."
     chosen: dict[str, Settings] = {"flashmorph": recipe.gates}
     if recipe.method != "flashmorph": chosen[find_selector(recipe.method).name] = recipe.rank
     found = {}
@@ -243,6 +243,10 @@ def own_settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
         plain = {field.name: field.default for field in fields(settings)}  # type: ignore[arg-type]
         found[method] = {name: settings[name] for name in settings.setting_names()
                          if name not in ("seed", "budget") and settings[name] != plain[name]}
+    precision = recipe.distill.precision
+    for method, selector in SELECTORS.items():
+        if not precision or not hasattr(selector.settings, "precision"): continue
+        found.setdefault(method, {}).setdefault("precision", precision)
     return found
 
 
