@@ -121,7 +121,7 @@ BRANCHES_FILE = "branches.safetensors"      # the linear branches after stage 1
 KNOWN = (
     "run.json", "recipe.toml", "log.jsonl", "checkpoints", BRANCHES_FILE, "gates.json",
     "selection.json", "results.json", "report.html", "hybrid", "teacher", "ranking.json",
-    "rankings", "selections.json", "compare.jsonl", ".lock",
+    "rankings", "selections.json", "compare.jsonl", "compare", ".lock",
 )
 
 

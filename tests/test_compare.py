@@ -58,6 +58,28 @@ def test_a_killed_comparison_goes_on(tmp_path):
     assert again == shown
 
 
+def test_a_comparison_that_is_killed_in_a_selector_goes_on(tmp_path):
+    "What the selector has measured is not measured again; when it has answered, its folder goes."
+    log = tmp_path / "compare.jsonl"
+    program = ("import os, sys; sys.path.insert(0, 'tests'); import test_compare as t\n"
+               "from flashmorph.store import EventLog\n"
+               "append, left = EventLog.append, iter(range(5))\n"
+               "def some(self, event):\n"
+               "    if 'books' in event and next(left, None) is None: os._exit(9)\n"
+               "    append(self, event)\n"
+               "EventLog.append = some\n"
+               f"t.compared('pair', 'remove-one', log={str(log)!r})")
+    root = Path(__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 9
+    [place] = (tmp_path / "compare").iterdir()
+    assert place.name.startswith("remove-one-0-")
+    known = (place / "asked.jsonl").read_text()
+    assert known.count('"books"') == 5 and not log.exists()
+    shown = compared("pair", "remove-one", log=log)
+    assert shown.kept == compared("pair", "remove-one").kept
+    assert [path.name for path in tmp_path.iterdir()] == ["compare.jsonl"]
+
+
 def test_files_are_read_strictly(tmp_path):
     shown = compared("pair", "remove-one", most=0)
     record = json.loads(json.dumps(shown.record()))

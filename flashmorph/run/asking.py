@@ -4,22 +4,25 @@
 
 # %% ../../nbs/910_run.asking.ipynb #e7e3e50a
 from __future__ import annotations
-import contextlib, itertools, tempfile, time
+import contextlib, itertools, shutil, tempfile, time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.modeling_layers import GradientCheckpointingLayer
 from ..choose.rank import find_selector, rank
 from ..ledger import short_hash
-from ..model.branches import MorphLayer, after_each
+from ..model.branches import MorphLayer
 from ..model.morph import MorphableModel
 from .subsets import Values
 from ..selection import check_budget
 from ..settings import Settings, setting
+from ..store import EventLog, first_process
 
 # %% auto #0
-__all__ = ['CompareConfig', 'check_budgets', 'Meter', 'metered', 'Noted', 'hash_of', 'settings_for', 'ask']
+__all__ = ['CompareConfig', 'check_budgets', 'Meter', 'metered', 'Noted', 'hash_of', 'settings_for', 'ask', 'kept_beside']
 
 # %% ../../nbs/910_run.asking.ipynb #2f98aff4
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +61,58 @@ def check_budgets(config: CompareConfig, num_layers: int) -> None:
 
 # %% ../../nbs/910_run.asking.ipynb #b01c870d
 class Meter:
-    "Counts books and tokens that went through layers; `layers` of them are one pass."
-    def __init__(self, layers: int):
-        self.layers = layers
-        self.books = self.tokens = 0.0
+    """Counts seconds, and books and tokens that went through layers; `layers` of them are one pass.
 
-    def note(self, layer: MorphLayer, args: tuple, kwargs: dict, output: tuple) -> None:
-        states: Tensor = output[0]
+    With a `log` it goes on from what was counted there."""
+    EVERY = 5.0                                             # seconds between two events
+
+    def __init__(self, layers: int, log: EventLog | None = None):
+        self.layers, self.log = layers, log
+        events = [] if log is None else log.stage("taken")
+        taken: list[float] = events[-1]["taken"] if events else [0.0, 0.0, 0.0]
+        self.books, self.tokens, self.before = taken
+        self.begun = self.saved = time.perf_counter()
+
+    @property
+    def seconds(self) -> float: return self.before + time.perf_counter() - self.begun
+
+    def note(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not isinstance(module, (MorphLayer, GradientCheckpointingLayer)): return
+        # a layer with two branches counts by its attention, which does not run in known blocks
+        if any(isinstance(part, MorphLayer) for part in module.children()): return
+        states: Tensor = output[0] if isinstance(output, tuple) else output
         times = 2 if states.requires_grad else 1
         self.books += times * states.shape[0] / self.layers
         self.tokens += times * states[..., 0].numel() / self.layers
+        if time.perf_counter() > self.saved + self.EVERY: self.save()
+
+    def save(self) -> None:
+        self.saved = time.perf_counter()
+        if self.log is None: return
+        taken = [self.books, self.tokens, self.seconds]
+        self.log.append({"stage": "taken", "step": 1, "taken": taken})
 
 
 @contextlib.contextmanager
-def metered(model: MorphableModel) -> Iterator[Meter]:
-    "Inside, a meter counts what goes through the layers of `model`."
-    meter = Meter(model.num_layers)
-    with after_each(model.layers, meter.note): yield meter
+def metered(layers: int, log: EventLog | None = None) -> Iterator[Meter]:
+    "Inside, a meter counts what goes through decoder layers."
+    meter = Meter(layers, log)
+    handle = register_module_forward_hook(meter.note)
+    try: yield meter
+    finally:
+        handle.remove()
+        meter.save()
 
-
+# %% ../../nbs/910_run.asking.ipynb #eb519272
 class Noted:
-    "The same rows whenever they are read, and a short hash of each row that was."
-    def __init__(self, rows: Iterable[dict[str, Tensor]]):
+    """The same rows whenever they are read, and a short hash of each row that was.
+
+    With a `log`, also of those that were read before a kill."""
+    def __init__(self, rows: Iterable[dict[str, Tensor]], log: EventLog | None = None):
         self.rest = iter(rows)
         self.read: list[dict[str, Tensor]] = []
-        self.seen: list[str] = []
+        self.log = log
+        self.seen = [] if log is None else [event["row"] for event in log.stage("seen")]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for place in itertools.count():
@@ -90,8 +120,13 @@ class Noted:
                 row = next(self.rest, None)
                 if row is None: return
                 self.read.append(row)
-                self.seen.append(hash_of(row["input_ids"]))
+                self.note(hash_of(row["input_ids"]))
             yield self.read[place]
+
+    def note(self, name: str) -> None:
+        if name in self.seen: return
+        self.seen.append(name)
+        if self.log: self.log.append({"stage": "seen", "step": len(self.seen), "row": name})
 
 
 def hash_of(ids: Tensor) -> str:
@@ -112,30 +147,43 @@ def settings_for(method: str, seed: int) -> dict[str, Any]:
 
 def ask(
     model: MorphableModel, method: str, books: Iterable[Any], seed: int, budgets: Sequence[int],
+    place: Path | None = None,  # a folder, to go on from
     **given: Any,
 ) -> Values:
     """What a selector gives for one seed: its order, its sets by budget, and what asking took.
 
     `given` are settings of the selector; the others are its defaults. A selector that answers one
     budget is asked for each of `budgets`, measures nothing twice, and has no order."""
-    noted = Noted(books)
     settings = given | settings_for(method, seed)
     sets: dict[str, list[int]] = {}
     order = None
-    begun = time.perf_counter()
-    with metered(model) as meter, tempfile.TemporaryDirectory() as folder:
-        if find_selector(method).one_budget:
-            log = Path(folder) / "asked.jsonl"
-            for k in budgets:
-                found = rank(model, noted, method, log=log, budget=k, **settings)
-                sets[str(k)] = list(found.select(k).layers)
-        else:
-            found = rank(model, noted, method, **settings)
-            order = list(found.order)
-            for k in range(model.num_layers + 1): sets[str(k)] = list(found.select(k).layers)
-    # hybrids that a selector commits have layers of their own, which it counts itself
-    own = found.facts if "books" in found.facts else {"books": 0, "tokens": 0}
-    return {"order": order, "sets": sets, "seconds": round(time.perf_counter() - begun, 3),
-            "tokens": max(round(meter.tokens), own["tokens"]),
-            "passes": max(round(meter.books, 3), own["books"]), "seen": noted.seen}
+    with tempfile.TemporaryDirectory() as aside:
+        kept = place or Path(aside)
+        kept.mkdir(parents=True, exist_ok=True)
+        log, taken = kept / "asked.jsonl", EventLog(kept / "taken.jsonl")
+        noted = Noted(books, taken)
+        with metered(model.num_layers, taken) as meter:
+            if find_selector(method).one_budget:
+                for k in budgets:
+                    found = rank(model, noted, method, log=log, budget=k, **settings)
+                    sets[str(k)] = list(found.select(k).layers)
+            else:
+                found = rank(model, noted, method, log=log, **settings)
+                order = list(found.order)
+                for k in range(model.num_layers + 1): sets[str(k)] = list(found.select(k).layers)
+    return {"order": order, "sets": sets, "seconds": round(meter.seconds, 3),
+            "tokens": round(meter.tokens), "passes": round(meter.books, 3), "seen": noted.seen}
 
+
+# %% ../../nbs/910_run.asking.ipynb #da0e1907
+@contextlib.contextmanager
+def kept_beside(log: EventLog | None, name: str) -> Iterator[Path | None]:
+    "A folder of this name beside a log; it stays if what is done there fails or is killed."
+    if log is None:
+        yield None
+        return
+    place = log.path.with_suffix("") / name
+    yield place
+    if not first_process(): return
+    shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError): place.parent.rmdir()

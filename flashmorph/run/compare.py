@@ -15,9 +15,10 @@ from ..choose.rank import SELECTORS, find_selector, plain_settings
 from ..choose.trajectory import GateRun
 from ..data.mixture import fingerprint
 from ..folder import Run
+from ..ledger import short_hash
 from ..measure.evaluate import HELD_OUT, held_out_rows
 from ..model.morph import MorphableModel
-from .asking import CompareConfig, ask, check_budgets, hash_of
+from .asking import CompareConfig, ask, check_budgets, hash_of, kept_beside
 from .confidence import confidence, knee, less, mean_of
 from .materials import Materials
 from .ranking import branches_of, own_order
@@ -59,8 +60,10 @@ def ask_all(
         settings = given.get(method, {})
         facts = [method, seed, fingerprint(rows), *config.budgets]
         if settings: facts.append(json.dumps(plain_settings(settings), sort_keys=True))
-        asking = partial(ask, held.model, method, rows, seed, config.budgets, **settings)
-        answers[method, seed] = held.once("asked", facts, asking)
+        name = f"{method}-{seed}-{short_hash(held.digest, *map(str, facts))}"
+        with kept_beside(held.memo.log, name) as place:
+            asking = partial(ask, held.model, method, rows, seed, config.budgets, place, **settings)
+            answers[method, seed] = held.once("asked", facts, asking)
     read = {row for found in answers.values() for row in found["seen"]}
     kept = {hash_of(ids) for batch, *_ in held.asked for ids in batch}
     if read & kept:
