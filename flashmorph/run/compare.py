@@ -141,13 +141,14 @@ def closely(
     else:
         method, order = config.methods[0], lead["order"]
         sets = list(lead["sets"].values()) if order else []
-    curve = [values["kl"] for values in held.many(sets, say)]
-    sure = []
-    for budget in told(config.budgets, len(config.budgets), "neighbours measured", say):
-        # the sets of a pattern have no neighbours in an order
-        if order is None: break
-        sure.append(confidence(lambda layers: held(layers)["kl"], method, order, budget,
-                               config.reach))
+
+    def measure(sets: Sequence[Sequence[int]]) -> list[Sequence[float]]:
+        return [values["kl"] for values in held.many(sets, say)]
+
+    curve = measure(sets)
+    # the sets of a pattern have no neighbours in an order
+    sure = [] if order is None else [confidence(measure, method, order, budget, config.reach)
+                                     for budget in config.budgets]
     return curve, sure
 
 # %% ../../nbs/920_run.compare.ipynb #810c3350

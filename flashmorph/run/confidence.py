@@ -4,7 +4,7 @@
 
 # %% ../../nbs/900_run.confidence.ipynb #3fa5468a
 from __future__ import annotations
-import statistics
+import itertools, statistics
 from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from ..scores import Confidence, Score, bootstrap
 __all__ = ['Measure', 'mean_of', 'less', 'confidence', 'knee_of', 'knee']
 
 # %% ../../nbs/900_run.confidence.ipynb #d0704f21
-Measure = Callable[[Sequence[int]], Sequence[float]]        # divergences by book
+# divergences of some sets, by book
+Measure = Callable[[Sequence[Sequence[int]]], Sequence[Sequence[float]]]
 
 
 def mean_of(values: Sequence[float], unit: str = "nats") -> Score:
@@ -33,12 +34,10 @@ def confidence(
 ) -> Confidence:
     "How sure the first `budget` layers of `order` are, against sets with one of them exchanged."
     kept, rest = list(order[:budget]), order[budget:]
-    ours = measure(sorted(kept))
-    found: dict[tuple[int, int], list[float]] = {}
-    for out in kept[-reach:]:
-        for into in rest[:reach]:
-            changed = sorted({*kept, into} - {out})
-            found[out, into] = less(measure(changed), ours)
+    pairs = list(itertools.product(kept[-reach:], rest[:reach]))
+    changed = [sorted({*kept, into} - {out}) for out, into in pairs]
+    ours, *theirs = measure([sorted(kept), *changed])
+    found = {pair: less(values, ours) for pair, values in zip(pairs, theirs, strict=True)}
     # the share of draws in which all differences are positive
     more = torch.tensor(list(found.values()), dtype=torch.float64)
     rows = torch.randint(len(ours), (draws, len(ours)), generator=torch.Generator().manual_seed(0))
