@@ -112,7 +112,8 @@ class Noted:
         self.rest = iter(rows)
         self.read: list[dict[str, Tensor]] = []
         self.log = log
-        self.seen = [] if log is None else [event["row"] for event in log.stage("seen")]
+        events = [] if log is None else log.stage("seen")
+        self.seen = {event["row"]: None for event in events}     # in their order
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for place in itertools.count():
@@ -125,7 +126,7 @@ class Noted:
 
     def note(self, name: str) -> None:
         if name in self.seen: return
-        self.seen.append(name)
+        self.seen[name] = None
         if self.log: self.log.append({"stage": "seen", "step": len(self.seen), "row": name})
 
 
@@ -172,7 +173,8 @@ def ask(
                 order = list(found.order)
                 for k in range(model.num_layers + 1): sets[str(k)] = list(found.select(k).layers)
     return {"order": order, "sets": sets, "seconds": round(meter.seconds, 3),
-            "tokens": round(meter.tokens), "passes": round(meter.books, 3), "seen": noted.seen}
+            "tokens": round(meter.tokens), "passes": round(meter.books, 3),
+            "seen": list(noted.seen)}
 
 
 # %% ../../nbs/910_run.asking.ipynb #da0e1907
