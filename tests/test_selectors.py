@@ -73,6 +73,17 @@ def test_a_selector_ranks_twice_the_same_and_leaves_the_model_alone(name, model,
     check_fits(kept, model)
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_model_in_16_bits_is_as_before(name, teacher, books):
+    half = morph(load_teacher(str(teacher))[0].bfloat16())
+    before = {key: x.clone() for key, x in half.state_dict().items()}
+    ranking = rank(half, iter(books), name, **settings_of(name))
+    assert sorted(ranking.order) == [0, 1, 2, 3]
+    after = half.state_dict()
+    assert {key: x.dtype for key, x in after.items()} == {key: x.dtype for key, x in before.items()}
+    assert all(torch.equal(x, before[key]) for key, x in after.items())
+
+
 WITH_LOG = [name for name in BUILT_IN if name not in (
     "uniform", "uniform-start", "random", "alignment", "ga-s1", "postnas", "flashmorph",
     "flashmorph-raw", "flashmorph-relative")]

@@ -5,7 +5,8 @@
 # %% ../../nbs/690_choose.tuned.ipynb #1508c859
 from __future__ import annotations
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from flashmorph.choose.rank import (
 from .search import beam
 from ..data.mixture import batches
 from ..model.logits import hidden_states, token_divergence, valid
-from ..model.morph import MorphableModel, branch_tensors
+from ..model.morph import MorphableModel
 from ..selection import Ranking
 from ..settings import setting
 from ..train.distill import distill
@@ -29,7 +30,7 @@ from ..train.supernet import train_supernet
 
 # %% auto #0
 __all__ = ['Tuned', 'split_books', 'held_out_kl', 'Variants', 'restored', 'removed', 'places', 'both_ways', 'by_variants',
-           'PostNas', 'by_supernet']
+           'PostNas', 'branches_kept', 'by_supernet']
 
 # %% ../../nbs/690_choose.tuned.ipynb #10cabc9c
 @dataclass(frozen=True, kw_only=True)
@@ -155,25 +156,31 @@ class PostNas(OneBudget):
     width: int = setting(4, low=1)
 
 
+@contextmanager
+def branches_kept(model: MorphableModel) -> Iterator[None]:
+    "Afterwards linear branches and gates are what they were: their numbers, and their format."
+    own = [p for layer in model.layers for p in (*layer.linear.parameters(), layer.alpha)]
+    kept = [(p, p.detach().clone()) for p in own]
+    try: yield
+    finally:
+        for p, before in kept: p.data = before.to(p.device)
+
+
 @register_selector("postnas", PostNas)
 def by_supernet(model, books, config, log) -> Ranking:
     "A supernet of random sub-networks, then a beam search (PostNAS, arXiv 2508.15884)."
     rows = iter(books)
     held = list(itertools.islice(rows, config.count or 8))
-    own = branch_tensors(model)
-    before = {name: x.clone() for name, x in own.items()}
     weights = weights_digest(model)
     place = f"supernet-{weights[:8]}"
     run = None if log is None else Path(log).with_suffix("") / place
-    try:
+    with branches_kept(model):
         trained = train_supernet(
             model, list(itertools.islice(rows, config.steps * config.train_batch)), run=run,
             resume=run is not None, steps=config.steps, batch_size=config.train_batch,
             lr=config.lr, seed=config.seed, progress=False)
         far = AnswerDivergence(model, held, batch_size=config.batch_size, log=log)
         ranking = beam(far, config.budget, config.width)
-    finally:
-        for name, x in branch_tensors(model).items(): x.copy_(before[name])
     facts = facts_of(far) | {"model": weights[:16]}
     facts["tokens"] += trained.tokens
     return replace(ranking, facts=facts)
