@@ -157,12 +157,24 @@ def planted(name: str) -> PreTrainedModel:
     return model
 
 
-# Trained teachers: family, layers, heads, steps, and the tasks of the last phase.
+@dataclass(frozen=True)
+class Trained:
+    "A teacher to train, its name that of its family: its size, and the tasks of the last phase."
+    layers: int
+    steps: int
+    task: Task
+    heads: int = 1
+    head_dim: int = 16
+
+
+# With small heads a layer can recall less alone, so that more layers matter.
 TRAINED = {
-    "qwen3": ("qwen3", 6, 2, 1200, Task(pairs=6, repeated=0.3)),
-    "llama": ("llama", 8, 1, 1500, Task(pairs=5, repeated=0.5)),
-    "mistral": ("mistral", 6, 1, 2700, Task(pairs=8, questions=6, repeated=0.2)),
-    "qwen2": ("qwen2", 10, 1, 1500, Task(pairs=6, repeated=0.4)),
+    "qwen3": Trained(6, 1200, Task(pairs=6, repeated=0.3), heads=2),
+    "llama": Trained(8, 1500, Task(pairs=5, repeated=0.5)),
+    "mistral": Trained(6, 2700, Task(pairs=8, questions=6, repeated=0.2)),
+    "qwen2": Trained(10, 1500, Task(pairs=6, repeated=0.4)),
+    "cohere2": Trained(10, 2400, Task(pairs=5, repeated=0.4), head_dim=8),
+    "smollm3": Trained(12, 2400, Task(pairs=6, repeated=0.4), head_dim=8),
 }
 BUNDLED = {"length": 128, "keys": 2, "words_per_key": 3}
 COMMON = {"answer_weight": 2.0, "betas": (0.9, 0.98), "weight_decay": 0.02, "batch_size": 32,
@@ -171,18 +183,18 @@ COMMON = {"answer_weight": 2.0, "betas": (0.9, 0.98), "weight_decay": 0.02, "bat
 
 def trained(name: str) -> PreTrainedModel:
     "A teacher with random weights, trained on repeated rows and then on all of its tasks."
-    family, layers, heads, steps, task = TRAINED[name]
+    one = TRAINED[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, head_dim=16,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1,
+        name, vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, head_dim=one.head_dim,
+        num_hidden_layers=one.layers, num_attention_heads=one.heads, num_key_value_heads=1,
         max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08,
         bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    config.head_dim = 16
+    config.head_dim = one.head_dim
     model = AutoModelForCausalLM.from_config(config)
-    third = steps // 3
+    third = one.steps // 3
     finetune(model, Task(repeated=1.0, seed=1), steps=third, warmup=third // 2, **COMMON)
-    finetune(model, task, steps=steps - third, warmup=20, lr_end=1e-4, **COMMON)
+    finetune(model, one.task, steps=one.steps - third, warmup=20, lr_end=1e-4, **COMMON)
     return model.eval().requires_grad_(False)
 
 
@@ -210,7 +222,7 @@ def morphable(
         def rows(seed: int) -> Iterable[dict[str, torch.Tensor]]:
             return passkeys(tokenizer, seed=seed, **BUNDLED)
     else:
-        teacher, task = kept_teacher(name, folder), TRAINED[name][-1]
+        teacher, task = kept_teacher(name, folder), TRAINED[name].task
 
         def rows(seed: int) -> Iterable[dict[str, torch.Tensor]]: return replace(task, seed=seed)
     torch.manual_seed(0)        # the same branches, whether the teacher was trained now or loaded
