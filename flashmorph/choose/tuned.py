@@ -30,7 +30,7 @@ from ..train.supernet import train_supernet
 
 # %% auto #0
 __all__ = ['Tuned', 'split_books', 'held_out_kl', 'Variants', 'restored', 'removed', 'places', 'both_ways', 'by_variants',
-           'PostNas', 'branches_kept', 'by_supernet']
+           'branches_kept', 'PostNas', 'by_supernet']
 
 # %% ../../nbs/690_choose.tuned.ipynb #10cabc9c
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +146,7 @@ by_variants("kl-ls", restored)
 by_variants("gr-s2", removed)
 by_variants("avg-s2", both_ways)
 
-# %% ../../nbs/690_choose.tuned.ipynb #5bc66436
-@dataclass(frozen=True, kw_only=True)
-class PostNas(OneBudget):
-    "Settings of a supernet of `steps` of `train_batch` rows, and of a beam of `width` sets."
-    steps: int = setting(100, low=1, high=10**9)
-    train_batch: int = setting(4, low=1, high=10**6)
-    lr: float = setting(1e-3, above=0, high=100)
-    width: int = setting(4, low=1)
-
-
+# %% ../../nbs/690_choose.tuned.ipynb #0cd90b88
 @contextmanager
 def branches_kept(model: MorphableModel) -> Iterator[None]:
     "Afterwards linear branches and gates are what they were: their numbers, and their format."
@@ -164,6 +155,15 @@ def branches_kept(model: MorphableModel) -> Iterator[None]:
     try: yield
     finally:
         for p, before in kept: p.data = before.to(p.device)
+
+# %% ../../nbs/690_choose.tuned.ipynb #5bc66436
+@dataclass(frozen=True, kw_only=True)
+class PostNas(OneBudget):
+    "Settings of a supernet of `steps` of `train_batch` rows, and of a beam of `width` sets."
+    steps: int = setting(100, low=1, high=10**9)
+    train_batch: int = setting(4, low=1, high=10**6)
+    lr: float = setting(1e-3, above=0, high=100)
+    width: int = setting(4, low=1)
 
 
 @register_selector("postnas", PostNas)
